@@ -1,0 +1,77 @@
+"""Trains or evaluates what a config file describes.
+
+  python launch.py --config=configs/cifar_mtl.py[:arg] [--workdir=runs/x] [--mode=train|evaluate]
+                   [--config.a.b=value …]
+"""
+
+import argparse
+import logging
+import pathlib
+import signal
+import sys
+import traceback
+
+from mtl_jax.errors import UserError
+
+MODES = ("train", "evaluate")
+
+
+class _Parser(argparse.ArgumentParser):
+
+  def error(self, message: str):
+    raise UserError(f"{message}; expected --config=FILE[:ARG] [--workdir=DIR] "
+                    f"[--mode={'|'.join(MODES)}] [--config.a.b=value …]")
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+  parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                   allow_abbrev=False)
+  parser.add_argument("--config", required=True, help="config file, with :arg for its argument")
+  parser.add_argument("--workdir", help="run folder; runs/<config name> when left out")
+  parser.add_argument("--mode", default="train", help=" or ".join(MODES))
+  overrides = [text for text in argv if text.startswith("--config.")]
+  arguments = parser.parse_args([text for text in argv if not text.startswith("--config.")])
+  if arguments.mode not in MODES:
+    parser.error(f"argument --mode: found {arguments.mode!r}")
+  if arguments.workdir is None:
+    path, _, argument = arguments.config.partition(":")
+    words = [pathlib.Path(path).stem, *argument.replace("=", "-").split(",")]
+    arguments.workdir = pathlib.Path("runs") / "_".join(word for word in words if word)
+  arguments.overrides = overrides
+  return arguments
+
+
+def main(argv: list[str]) -> int:
+  """Runs one command; returns the exit code."""
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  arguments = None
+  try:
+    arguments = _arguments(argv)
+    from mtl_jax.experiment import build, config, loop  # after the flags: jax takes seconds
+    complete = config.complete(config.load(arguments.config, arguments.overrides))
+    experiment = build.build(complete)
+    run = {"train": loop.train, "evaluate": loop.evaluate}[arguments.mode]
+    try:
+      run(experiment, arguments.workdir)
+    except loop.Interrupted as interruption:
+      number = interruption.args[0]
+      print(f"stopped by {signal.Signals(number).name} and saved; the same command continues: "
+            f"python launch.py {' '.join(argv)}", file=sys.stderr)
+      return 128 + number
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    if arguments is None or not error.filename:
+      traceback.print_exc()
+      return 1
+    print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("stopped before anything was to be saved", file=sys.stderr)
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

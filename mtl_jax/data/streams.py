@@ -1,0 +1,147 @@
+"""Streams of batches `{stream: {"image": uint8 [B, H, W, C], label: [B]}}`, by two engines.
+
+  resident  the examples live on the device as uint8; a batch is drawn from (seed, step) inside the
+            compiled step.
+  grain     examples are read, shuffled and batched on the host by Grain, for what does not fit; the
+            iterator starts at any step without replaying what came before.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from mtl_jax.data.augmentation import augment, normalize
+from mtl_jax.data.order import batch_indices
+from mtl_jax.data.source import Examples
+from mtl_jax.randomness import purpose_key
+
+ENGINES = ("resident", "grain")
+
+
+def resident_batch(columns: Mapping[str, Mapping[str, jax.Array]], batch_size: int,
+                   seed: jax.Array, step: jax.Array) -> dict[str, dict[str, jax.Array]]:
+  """One step's batch out of resident data; pure, for use inside a compiled step.
+
+  Args:
+    columns: `{stream: {"image": [N, H, W, C], label: [N]}}`.
+    batch_size: examples of each stream.
+    seed: [] of the run.
+    step: [] of the run.
+  """
+  batch = {}
+  for stream, data in columns.items():
+    size = next(iter(data.values())).shape[0]
+    key = purpose_key(seed, f"order/{stream}")
+    indices = batch_indices(key, step, batch_size, size)
+    batch[stream] = {name: column[indices] for name, column in data.items()}
+  return batch
+
+
+def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, step: jax.Array, *,
+               statistics: Mapping[str, Any],
+               augmentation: Mapping[str, Any] | None = None) -> dict[str, dict[str, jax.Array]]:
+  """Augments and normalises the images of a batch; pure, for use inside a compiled step.
+
+  Args:
+    batch: with uint8 images.
+    seed: [] of the run.
+    step: [] of the run.
+    statistics: `{stream: {"mean": …, "std": …}}`.
+    augmentation: names of the augmentations of each stream; none in evaluation.
+  """
+  result = {}
+  for stream, columns in batch.items():
+    images = columns["image"]
+    if augmentation:
+      key = purpose_key(seed, f"augmentation/{stream}", step)
+      images = augment(images, key, augmentation[stream])
+    result[stream] = {**columns, "image": normalize(images, **statistics[stream])}
+  return result
+
+
+class _Records:
+  """Examples as Grain wants them, with their labels checked as they are read."""
+
+  def __init__(self, stream: str, examples: Examples, num_classes: Mapping[str, int]):
+    self._stream, self._examples, self._num_classes = stream, examples, num_classes
+
+  def __len__(self) -> int:
+    return len(self._examples)
+
+  def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+    example = self._examples[index]
+    check_labels(self._stream, example, self._num_classes)
+    return example
+
+
+def check_labels(stream: str, columns: Mapping[str, np.ndarray],
+                 num_classes: Mapping[str, int]) -> None:
+  """Raises ValueError for an integer label outside -1 … classes - 1."""
+  for label, classes in num_classes.items():
+    values = np.asarray(columns[label])
+    if values.size and not (-1 <= values.min() and values.max() < classes):
+      found = values.min() if values.min() < -1 else values.max()
+      raise ValueError(f"stream {stream!r}: {label}: expected labels 0 … {classes - 1} "
+                       f"(-1 where missing), found {found}")
+
+
+def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, start: int, *,
+                  num_classes: Mapping[str, Mapping[str, int]], process: int = 0,
+                  num_processes: int = 1, num_threads: int = 2
+                  ) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+  """Endless training batches from the host, this process's share of each.
+
+  Args:
+    streams: training examples by stream.
+    batch_size: examples of each stream over all processes; a multiple of `num_processes`.
+    seed: of the order.
+    start: the step whose batch comes first.
+    num_classes: of the labels to check, by stream.
+    process: index of this process.
+    num_processes: how many share each batch.
+    num_threads: that read ahead.
+  """
+  iterators = {}
+  for i, (stream, examples) in enumerate(streams.items()):
+    records = _Records(stream, examples, num_classes[stream])
+    dataset = (grain.MapDataset.source(records).seed(seed * len(streams) + i).shuffle().repeat()
+               [process::num_processes].batch(batch_size // num_processes, drop_remainder=True))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
+    iterators[stream] = iter(dataset.to_iter_dataset(options))
+    iterators[stream].set_state({"next_index": start})
+  while True:
+    yield {stream: dict(next(iterator)) for stream, iterator in iterators.items()}
+
+
+def evaluation_batches(streams: Mapping[str, Examples], batch_size: int, *,
+                       num_classes: Mapping[str, Mapping[str, int]], process: int = 0,
+                       num_processes: int = 1) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+  """Every example once, in order, this process's share of each batch.
+
+  Streams of different lengths end together: a short one, or the rest of the last batch, is filled
+  with examples whose labels are missing, which count for nothing.
+  """
+  local = batch_size // num_processes
+  num_batches = max(-(-len(examples) // batch_size) for examples in streams.values())
+  for start in range(process * local, num_batches * batch_size, batch_size):
+    yield {stream: _padded(stream, examples, start, local, num_classes[stream])
+           for stream, examples in streams.items()}
+
+
+def _padded(stream: str, examples: Examples, start: int, count: int,
+            num_classes: Mapping[str, int]) -> dict[str, np.ndarray]:
+  present = [examples[i] for i in range(start, min(start + count, len(examples)))]
+  template = present[0] if present else examples[0]
+  columns = {}
+  for name, value in template.items():
+    value = np.asarray(value)
+    missing = np.nan if value.dtype.kind == "f" else -1
+    column = np.full((count, *value.shape), 0 if name == "image" else missing, value.dtype)
+    if present:
+      column[:len(present)] = np.stack([example[name] for example in present])
+    columns[name] = column
+  check_labels(stream, columns, num_classes)
+  return columns

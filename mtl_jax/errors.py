@@ -1,0 +1,13 @@
+"""The exceptions for a user's mistake."""
+
+
+class UserError(Exception):
+  """A mistake that the user can mend: what was expected, what was found, what to do.
+
+  The command line prints it in at most three lines and ends with exit code 2. Code below
+  `experiment/` raises it only where no plain ValueError would do (data that cannot be had).
+  """
+
+
+class MissingData(UserError):
+  """A data set that is neither in its place nor to be had from where it is published."""

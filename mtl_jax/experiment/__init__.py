@@ -1,0 +1,1 @@
+"""Every side effect: config, building, the loop, checkpoints, logs."""

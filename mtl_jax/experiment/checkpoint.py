@@ -1,0 +1,193 @@
+"""Checkpoints by Orbax, each with checksums: what is damaged is noticed, and never used."""
+
+from collections.abc import Callable, Mapping
+import json
+import pathlib
+from typing import Any
+import zlib
+
+import jax
+import numpy as np
+
+from mtl_jax.errors import UserError
+
+
+def _checksum(text: str) -> int:
+  return zlib.crc32(text.encode())
+
+
+def _leaf_checksums(state: Any) -> dict[str, int]:
+  """CRC-32 of every array, by its path."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  for _, leaf in leaves:
+    leaf.copy_to_host_async()
+  return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf.addressable_data(0)))
+          for path, leaf in leaves}
+
+
+class Damaged(Exception):
+  """A checkpoint that does not hold what was saved."""
+
+
+class Checkpoints:
+  """The checkpoints of one run: the latest two, and the best as each of them knows it.
+
+  Each step's checkpoint holds the training state and a JSON record with the state's checksums, the
+  record's own, and what the run must know to go on.
+
+  Args:
+    path: their folder.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import save_decision_policy
+    self._ocp = ocp
+    self._path = path
+    self._best_steps: tuple[int | None, ...] = ()
+    self._saving: int | None = None
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
+        preservation_policy=_LatestAndBest(lambda: self._best_steps),
+        cleanup_tmp_directories=True,
+    )
+    try:
+      self._manager = ocp.CheckpointManager(path, options=options)
+    except OSError as error:
+      raise UserError(f"{path}: expected a folder for checkpoints that can be written, "
+                      f"found: {error.strerror}") from error
+
+  def save(self, step: int, state: Any, record: Mapping[str, Any], best_step: int | None) -> None:
+    """Starts saving; returns before the bytes are on disk.
+
+    Args:
+      step: of the state.
+      state: a pytree of arrays.
+      record: JSON-able, given back by `restore`.
+      best_step: the checkpoint to keep besides the latest, if any.
+
+    Raises:
+      UserError: where this save, or the one before, failed.
+    """
+    self.wait()
+    self._best_steps = (*self._best_steps[-1:], best_step)
+    record = json.dumps({"record": record, "best_step": best_step,
+                         "checksums": _leaf_checksums(state)}, sort_keys=True)
+    args = self._ocp.args.Composite(
+        state=self._ocp.args.StandardSave(state),
+        record=self._ocp.args.JsonSave({"text": record, "checksum": _checksum(record)}))
+    self._saving = step
+    try:
+      self._manager.save(step, args=args)
+    except Exception as error:  # Orbax wraps full disks in many types
+      raise self._failed(error) from error
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk.
+
+    Raises:
+      UserError: where saving failed.
+    """
+    if self._saving is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+      found = (self._path / str(self._saving)).is_dir()
+    except Exception as error:  # Orbax wraps full disks in many types
+      raise self._failed(error) from error
+    if not found:
+      raise self._failed(FileNotFoundError("nothing there after saving"))
+    self._saving = None
+
+  def _failed(self, error: Exception) -> UserError:
+    step, self._saving = self._saving, None
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return UserError(f"{self._path}: the checkpoint of step {step} could not be saved: {reason}\n"
+                     "is the disk full or the folder gone? earlier checkpoints are kept; "
+                     "make room and launch again to continue")
+
+  def restore_latest(self, abstract_state: Any,
+                     warn: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest sound checkpoint, or None where there is none at all.
+
+    Damaged ones are named in a warning and set aside under the name `damaged-<step>`.
+
+    Args:
+      abstract_state: shapes, dtypes and the shardings to restore to.
+      warn: told of each damaged checkpoint.
+
+    Returns:
+      step, state and record.
+
+    Raises:
+      UserError: where all are damaged.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    damaged = []
+    for step in steps:
+      try:
+        state, contents = self._restore(step, abstract_state)
+      except Damaged as error:
+        damaged.append((step, error))
+        continue
+      self._best_steps = (contents["best_step"],)
+      for bad, error in damaged:
+        warn(f"checkpoint {bad} is damaged ({error}); continuing from checkpoint {step}")
+        (self._path / str(bad)).rename(self._path / f"damaged-{bad}")
+      if damaged:
+        self._manager.reload()
+      return step, state, contents["record"]
+    if damaged:
+      found = "; ".join(f"{step}: {error}" for step, error in damaged)
+      raise UserError(f"{self._path}: expected at least one sound checkpoint, found {found}\n"
+                      "remove the run folder to start again")
+    return None
+
+  def restore(self, step: int, abstract_state: Any) -> Any:
+    """The state of one step.
+
+    Raises:
+      UserError: where it is missing or damaged.
+    """
+    try:
+      return self._restore(step, abstract_state)[0]
+    except Damaged as error:
+      raise UserError(f"{self._path / str(step)}: expected a sound checkpoint, "
+                      f"found it damaged: {error}") from error
+
+  def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract_state),
+                                    record=self._ocp.args.JsonRestore())
+    try:
+      restored = self._manager.restore(step, args=args)
+      text, checksum = restored["record"]["text"], restored["record"]["checksum"]
+    except Exception as error:  # damage shows in many types
+      raise Damaged(f"cannot be read: {type(error).__name__}") from error
+    if _checksum(text) != checksum:
+      raise Damaged("the record's checksum does not match")
+    contents = json.loads(text)
+    found = _leaf_checksums(restored["state"])
+    for name, expected in contents["checksums"].items():
+      if found.get(name) != expected:
+        raise Damaged(f"the checksum of {name} does not match")
+    return restored["state"], contents
+
+  def close(self) -> None:
+    """Waits for what is being saved and closes."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+
+class _LatestAndBest:
+  """Keeps the latest two checkpoints, so that a damaged one has a predecessor, and their bests."""
+
+  def __init__(self, best_steps: Callable[[], tuple[int | None, ...]]):
+    self._best_steps = best_steps
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    kept = {*sorted(checkpoint.step for checkpoint in checkpoints)[-2:], *self._best_steps()}
+    return [checkpoint.step in kept for checkpoint in checkpoints]

@@ -1,0 +1,96 @@
+"""What the user sees: banner, progress bar, lines as the run goes, the final table."""
+
+from collections.abc import Mapping, Sequence
+import sys
+
+from rich.console import Console as RichConsole
+from rich.panel import Panel
+from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn,
+                           TimeRemainingColumn)
+from rich.table import Table
+
+from mtl_jax.tasks import Task
+
+
+def _shown(value: float | None, unit: str) -> str:
+  if value is None or value != value:
+    return "-"
+  return f"{100 * value:.2f} %" if unit == "fraction" else f"{value:.4f}"
+
+
+class Console:
+  """Prints to standard output on the first process, and nothing on the others."""
+
+  def __init__(self, *, quiet: bool = False):
+    self._out = RichConsole(quiet=quiet, highlight=False, soft_wrap=True,
+                            width=None if sys.stdout.isatty() else 120)
+    self._progress: Progress | None = None
+    self._bar = None
+
+  def say(self, text: str) -> None:
+    """One line, above the progress bar where there is one."""
+    self._out.print(text, markup=False)
+
+  def warn(self, text: str) -> None:
+    """One line that stands out."""
+    self._out.print(f"warning: {text}", style="bold yellow", markup=False)
+
+  def data_banner(self, data: Mapping[str, str]) -> None:
+    """Says where the examples come from, unmistakably where they are the bundled sample."""
+    sampled = [stream for stream, origin in data.items() if origin == "sample"]
+    for stream, origin in data.items():
+      if origin != "sample":
+        self.say(f"stream {stream}: {origin}")
+    if sampled:
+      self._out.print(Panel(
+          f"SAMPLE DATA for {', '.join(sampled)}: rendered handwritten digits, not CIFAR.\n"
+          "The numbers of this run say nothing about CIFAR. To train on CIFAR see README, Data.",
+          title="sample", style="bold yellow", expand=False))
+
+  def start_progress(self, done: int, total: int) -> None:
+    """Shows the progress bar."""
+    self._progress = Progress(
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[losses]}"), console=self._out)
+    self._bar = self._progress.add_task("", completed=done, total=total, losses="")
+    self._progress.start()
+
+  def advance(self, done: int, losses: Mapping[str, float]) -> None:
+    """Moves the progress bar."""
+    if self._progress:
+      text = "  ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
+      self._progress.update(self._bar, completed=done, losses=text)
+
+  def stop_progress(self) -> None:
+    """Takes the progress bar away."""
+    if self._progress:
+      self._progress.stop()
+      self._progress = None
+
+  def evaluation(self, record: Mapping[str, float], tasks: Sequence[Task], best: bool) -> None:
+    """One line a task for an evaluation on validation."""
+    lead = f"epoch {record['epoch']:g}, step {record['step']}"
+    for i, task in enumerate(tasks):
+      values = ", ".join(f"{metric.name} {_shown(record[f'{task.name}/{metric.name}'], metric.unit)}"
+                         for metric in task.all_metrics)
+      self.say(f"{lead if i == 0 else ' ' * len(lead)}  validation {task.name}: {values}"
+               + ("  *" if best and i == 0 else ""))
+
+  def summary(self, summary: Mapping, tasks: Sequence[Task]) -> None:
+    """The final table."""
+    sampled = "sample" in summary["data"].values()
+    table = Table(title="results" + (" on SAMPLE DATA" if sampled else ""),
+                  caption=f"checkpoint of step {summary['best_step']}, the best on validation; "
+                          "one seed")
+    table.add_column("task")
+    table.add_column("data")
+    table.add_column("metric")
+    table.add_column("validation", justify="right")
+    table.add_column("test", justify="right")
+    for task in tasks:
+      for metric in task.all_metrics:
+        name = f"{task.name}/{metric.name}"
+        table.add_row(task.name, summary["data"][task.stream], metric.name,
+                      _shown(summary["validation"][name], metric.unit),
+                      _shown(summary["test"][name], metric.unit))
+    self._out.print(table)

@@ -1,0 +1,55 @@
+"""Metrics of a whole split."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mtl_jax.data import streams
+from mtl_jax.experiment.build import Experiment
+from mtl_jax.tasks import compute_metrics, merge_metrics
+from mtl_jax.training.sharding import sharded_eval, split
+
+
+def evaluator(experiment: Experiment, mesh: Mesh) -> Callable[[Any, str], dict[str, float]]:
+  """`evaluate(state, split) -> {"<task>/<metric>": value}`, exact whatever the batches."""
+  step = sharded_eval(experiment.eval_step, mesh)
+  merge = jax.jit(lambda a, b: merge_metrics(experiment.tasks, a, b))
+  data = experiment.config.data
+  batch_size = data.evaluation_batch_size or _multiple(4 * data.batch_size, mesh.size)
+
+  def evaluate(state: Any, name: str) -> dict[str, float]:
+    total = None
+    for batch in streams.evaluation_batches(
+        experiment.examples(name), batch_size, num_classes=experiment.num_classes,
+        process=jax.process_index(), num_processes=jax.process_count()):
+      states = step(state, on_devices(batch, mesh))
+      total = states if total is None else merge(total, states)
+    return compute_metrics(experiment.tasks, jax.device_get(total))
+  return evaluate
+
+
+def _multiple(size: int, of: int) -> int:
+  return math.ceil(size / of) * of
+
+
+def on_devices(batch: Any, mesh: Mesh) -> Any:
+  """This process's share of a batch, as arrays over all devices."""
+  sharding = split(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def score(experiment: Experiment, metrics: dict[str, float]) -> float:
+  """What selects the best checkpoint: the mean over tasks of each one's first metric.
+
+  A metric for which lower is better counts negatively; a task without labels not at all.
+  """
+  values = []
+  for task in experiment.tasks:
+    metric = (*task.metrics, *task.all_metrics)[0]
+    value = metrics[f"{task.name}/{metric.name}"]
+    if math.isfinite(value):
+      values.append(value if metric.higher_is_better else -value)
+  return sum(values) / len(values) if values else -math.inf

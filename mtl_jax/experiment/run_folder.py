@@ -1,0 +1,127 @@
+"""The run folder: config, metrics, summary; what makes it refuse, and what it keeps."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+from mtl_jax.errors import UserError
+
+
+def plain(value: Any) -> Any:
+  """What JSON gives back for a value: tuples become lists."""
+  return json.loads(json.dumps(value))
+
+
+def _differences(old: Any, new: Any, where: str) -> list[str]:
+  if isinstance(old, Mapping) and isinstance(new, Mapping):
+    keys = dict.fromkeys([*old, *new])
+    return [line for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{where}.{key}")]
+  return [] if old == new else [f"{where}: {old!r} there, {new!r} here"]
+
+
+def _written(path: pathlib.Path, text: str) -> None:
+  """Writes a whole file or nothing."""
+  temporary = path.with_name(path.name + ".tmp")
+  with open(temporary, "w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+class RunFolder:
+  """A run's files but for its checkpoints.
+
+  Attributes:
+    path: absolute.
+  """
+
+  def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
+    self.path = pathlib.Path(path).expanduser().resolve()
+    self._writes = writes
+
+  def open(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    """Makes the folder, or checks that it belongs to this config and data.
+
+    Raises:
+      UserError: for a folder of another config or other data, or one that cannot be written.
+    """
+    self.check(config, data)
+    if not self._writes:
+      return
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      if not (self.path / "config.json").exists():
+        _written(self.path / "config.json",
+                 json.dumps({"config": plain(config), "data": dict(data)}, indent=2) + "\n")
+      elif not os.access(self.path / "config.json", os.W_OK):
+        raise PermissionError(13, "Permission denied", str(self.path))
+    except OSError as error:
+      raise UserError(f"run folder {self.path}: expected a folder that can be written, "
+                      f"found: {error.strerror}") from error
+
+  def check(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    """Raises UserError where the folder belongs to another config or other data."""
+    try:
+      old = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      return
+    except (OSError, ValueError) as error:
+      raise UserError(f"{self.path / 'config.json'}: expected the config of a run, "
+                      f"found: {error}") from error
+    lines = _differences(old.get("config"), plain(config), "config")
+    lines += _differences(old.get("data"), dict(data), "data")
+    if lines:
+      shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
+      raise UserError(f"run folder {self.path} belongs to another run: {shown}\n"
+                      "choose another --workdir, or remove the folder")
+
+  def summary(self) -> dict[str, Any] | None:
+    """The summary of a finished run, or None."""
+    try:
+      return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      return None
+    except ValueError as error:
+      raise UserError(f"{self.path / 'summary.json'}: expected JSON, found: {error}; remove it and "
+                      "launch again to have it written anew") from error
+
+  def write_summary(self, summary: Mapping[str, Any]) -> None:
+    """Writes the final numbers."""
+    if self._writes:
+      _written(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+class MetricsFile:
+  """`metrics.jsonl`: one record a line, which a resumed run cuts back to its checkpoint."""
+
+  def __init__(self, path: pathlib.Path, keep_bytes: int, *, writes: bool = True):
+    self._file = None
+    if writes:
+      self._file = open(path, "ab")
+      if self._file.tell() < keep_bytes:
+        raise UserError(f"{path}: expected at least the {keep_bytes} bytes that the checkpoint "
+                        f"knows of, found {self._file.tell()}; it was cut or replaced")
+      self._file.truncate(keep_bytes)
+
+  def write(self, record: Mapping[str, Any]) -> None:
+    """Appends one record; NaN becomes null, so that every line is JSON."""
+    if self._file:
+      safe = {key: None if value != value else value for key, value in record.items()}
+      self._file.write((json.dumps(safe, allow_nan=False) + "\n").encode())
+
+  def flush(self) -> int:
+    """Makes all records safe on disk and returns their size in bytes."""
+    if not self._file:
+      return 0
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    return self._file.tell()
+
+  def close(self) -> None:
+    """Closes the file."""
+    if self._file:
+      self._file.close()

@@ -1,0 +1,9 @@
+"""Heads: modules from features [B, F] to one task's outputs [B, num_outputs]."""
+
+from mtl_jax.models.heads.linear import Linear
+from mtl_jax.models.heads.mlp import MLP
+
+HEADS = {
+    "linear": Linear,
+    "mlp": MLP,
+}

@@ -1,0 +1,76 @@
+"""ResNet-18 (He, Zhang, Ren, Sun, CVPR 2016, arXiv:1512.03385) in torchvision's layout.
+
+Padding, strides, epsilon and momentum are torchvision's, and `layer2_0/conv1/kernel` here is
+`layer2.0.conv1.weight` there, transposed, so that its weights fit.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+
+import flax.linen as nn
+import jax
+
+_kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _conv(channels: int, size: int, stride: int, name: str) -> nn.Conv:
+  # linen's "SAME" pads (0, 1) under stride 2; torchvision pads both sides.
+  return nn.Conv(channels, (size, size), (stride, stride), padding=[(size // 2, size // 2)] * 2,
+                 use_bias=False, kernel_init=_kaiming, name=name)
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions with BatchNorm around an identity or 1x1 shortcut."""
+
+  channels: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, norm: Callable[..., nn.Module]) -> jax.Array:
+    y = nn.relu(norm(name="bn1")(_conv(self.channels, 3, self.stride, "conv1")(x)))
+    y = norm(name="bn2")(_conv(self.channels, 3, 1, "conv2")(y))
+    if x.shape != y.shape:
+      x = norm(name="downsample_1")(_conv(self.channels, 1, self.stride, "downsample_0")(x))
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """A residual network of basic blocks, averaged over space.
+
+  Attributes:
+    blocks: number of blocks in each stage.
+    channels: of the first stage; each later one has twice as many.
+    stem: "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, and 3x3 max-pooling).
+  """
+
+  blocks: Sequence[int] = (2, 2, 2, 2)
+  channels: int = 64
+  stem: str = "cifar"
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """Features [B, channels * 2**(stages - 1)] of images [B, H, W, C]."""
+    if self.stem not in ("cifar", "imagenet"):
+      raise ValueError(f"resnet18: stem: expected 'cifar' or 'imagenet', found {self.stem!r}")
+    norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9,
+                             epsilon=1e-5)
+    size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
+    x = nn.relu(norm(name="bn1")(_conv(self.channels, size, stride, "conv1")(images)))
+    if self.stem == "imagenet":
+      x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+    for stage, blocks in enumerate(self.blocks):
+      for block in range(blocks):
+        first = stage > 0 and block == 0
+        x = BasicBlock(self.channels * 2 ** stage, stride=2 if first else 1,
+                       name=f"layer{stage + 1}_{block}")(x, norm)
+    return x.mean(axis=(1, 2))
+
+
+def resnet18(channels: int = 64, stem: str = "cifar") -> ResNet:
+  """ResNet-18: four stages of two basic blocks.
+
+  Args:
+    channels: of the first stage.
+    stem: "cifar" or "imagenet".
+  """
+  return ResNet(blocks=(2, 2, 2, 2), channels=channels, stem=stem)

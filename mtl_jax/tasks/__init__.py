@@ -1,0 +1,10 @@
+"""What is learned: a task is a per-example loss, its metrics, and where its labels are."""
+
+from mtl_jax.tasks.classification import classification
+from mtl_jax.tasks.metrics import MeanMetric
+from mtl_jax.tasks.task import (Task, compute_metrics, labelled, merge_metrics, task_losses,
+                                task_metrics)
+
+KINDS = {
+    "classification": classification,
+}

@@ -1,0 +1,114 @@
+"""A task: what is learned from which label of which stream, and how it is measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.tasks.metrics import MeanMetric
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One task.
+
+  Attributes:
+    name: unique among the tasks of a model.
+    stream: name of the stream whose images it reads.
+    label: key of its labels in that stream's batch.
+    loss: `loss(outputs, labels) -> [B]`, one value an example.
+    num_outputs: size of the output that its head must give.
+    metrics: besides the loss; the first is the one that selects the best checkpoint.
+    weight: constant factor of its loss before any balancing.
+  """
+
+  name: str
+  stream: str
+  label: str
+  loss: Callable[[jax.Array, jax.Array], jax.Array]
+  num_outputs: int
+  metrics: Sequence[MeanMetric] = ()
+  weight: float = 1.0
+
+  def __post_init__(self):
+    if not self.weight > 0:
+      raise ValueError(f"{self.name}: weight: expected a number > 0, found {self.weight!r}")
+
+  @property
+  def all_metrics(self) -> Sequence[MeanMetric]:
+    """The loss as a metric, then the others."""
+    return (MeanMetric("loss", self.loss, "", higher_is_better=False), *self.metrics)
+
+
+def labelled(labels: jax.Array) -> jax.Array:
+  """Which examples carry a label: [B, ...] -> [B] bool. Integer -1 and float NaN are missing.
+
+  >>> labelled(jnp.array([3, -1])).tolist(), labelled(jnp.array([[0.5, jnp.nan]])).tolist()
+  ([True, False], [False])
+  """
+  is_float = jnp.issubdtype(labels.dtype, jnp.floating)
+  present = ~jnp.isnan(labels) if is_float else labels >= 0
+  return present.reshape(labels.shape[0], -1).all(axis=1)
+
+
+def _with_placeholders(labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Labels with 0 where missing, so that no NaN is ever computed, and the mask [B]."""
+  mask = labelled(labels)
+  wide = mask.reshape(mask.shape + (1,) * (labels.ndim - 1))
+  return jnp.where(wide, labels, jnp.zeros_like(labels)), mask
+
+
+def _labels_of(task: Task, batch: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+  if task.label not in batch[task.stream]:
+    raise ValueError(f"task {task.name}: expected the label {task.label!r} in stream "
+                     f"{task.stream!r}, found {sorted(batch[task.stream])}")
+  return batch[task.stream][task.label]
+
+
+def task_losses(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
+                batch: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+  """Mean loss of every task over its labelled examples: the one place where losses are reduced.
+
+  Args:
+    tasks: the T tasks.
+    outputs: output of each task's head, [B, ...].
+    batch: `{stream: {"image": …, label: [B, …]}}`.
+
+  Returns:
+    losses: [T] float32, times each task's constant weight; 0 where a task has no label.
+    active: [T] bool, whether the batch holds any label of the task.
+  """
+  losses, active = [], []
+  for task in tasks:
+    labels, mask = _with_placeholders(_labels_of(task, batch))
+    values = jnp.where(mask, task.loss(outputs[task.name], labels).astype(jnp.float32), 0.0)
+    count = mask.sum(dtype=jnp.int32)
+    losses.append(task.weight * values.sum() / jnp.maximum(count, 1).astype(jnp.float32))
+    active.append(count > 0)
+  return jnp.stack(losses), jnp.stack(active)
+
+
+def task_metrics(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
+                 batch: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str, Any]]:
+  """Metric states of one batch: `{task: {metric: state}}`, the loss among them."""
+  states = {}
+  for task in tasks:
+    labels, mask = _with_placeholders(_labels_of(task, batch))
+    states[task.name] = {metric.name: metric.update(outputs[task.name], labels, mask)
+                         for metric in task.all_metrics}
+  return states
+
+
+def merge_metrics(tasks: Sequence[Task], a: dict, b: dict) -> dict:
+  """Metric states of the examples of both."""
+  return {task.name: {metric.name: metric.merge(a[task.name][metric.name],
+                                                b[task.name][metric.name])
+                      for metric in task.all_metrics} for task in tasks}
+
+
+def compute_metrics(tasks: Sequence[Task], states: dict) -> dict[str, float]:
+  """Metric values by name: `{"<task>/<metric>": float}`."""
+  return {f"{task.name}/{metric.name}": metric.compute(states[task.name][metric.name])
+          for task in tasks for metric in task.all_metrics}

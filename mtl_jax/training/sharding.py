@@ -1,0 +1,83 @@
+"""Where arrays live: jit over a mesh of all devices, with explicit shardings and donated state.
+
+Parameters and everything else that moves are replicated, batches are split along their first axis;
+XLA inserts the reductions, so that losses, BatchNorm statistics and task gradients are those of the
+whole batch whatever the number of devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+  """A mesh with one axis, "data", over the given devices, or over all."""
+  devices = jax.devices() if devices is None else devices
+  # make_mesh's default axis type is Explicit, under which per-task gradients do not trace.
+  return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+  """The first axis split over the devices."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_divides(batch_size: int, mesh: Mesh) -> None:
+  """Raises ValueError where a batch cannot be split evenly, naming the nearest sizes that can."""
+  n = mesh.size
+  if batch_size < 1 or batch_size % n:
+    below, above = batch_size // n * n, (batch_size // n + 1) * n
+    nearest = f"{below} or {above}" if below > 0 else f"{above}"
+    raise ValueError(f"batch_size: expected a multiple of the {n} devices, found {batch_size}; "
+                     f"the nearest is {nearest}")
+
+
+def create_sharded(create: Callable[[], Any], mesh: Mesh) -> Any:
+  """Runs `create()` under jit, its results created where they will live."""
+  return jax.jit(create, out_shardings=replicated(mesh))()
+
+
+def sharded_step(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable:
+  """Compiles `step(state, batch) -> (state, logs)`: state replicated and donated, batch split."""
+  everywhere, along_batch = replicated(mesh), split(mesh)
+  return jax.jit(step, in_shardings=(everywhere, along_batch), out_shardings=everywhere,
+                 donate_argnums=0)
+
+
+def sharded_resident_steps(step: Callable[[Any, Any], tuple[Any, Any]],
+                           batch_at: Callable[[Any, jax.Array, jax.Array], Any], mesh: Mesh,
+                           num_steps: int) -> Callable:
+  """Compiles `num_steps` steps over resident data: `run(state, data) -> (state, logs)`.
+
+  Args:
+    step: `step(state, batch) -> (state, logs)`.
+    batch_at: `batch_at(data, seed, step) -> batch`, drawn from the data inside the program.
+    mesh: of the devices; state and data are replicated, the drawn batch is split.
+    num_steps: logs come back with this leading axis.
+  """
+  def one(state, data):
+    batch = batch_at(data, state.seed, state.step)
+    return step(state, jax.lax.with_sharding_constraint(batch, split(mesh)))
+
+  def several(state, data):
+    if num_steps == 1:  # XLA runs convolutions many times slower inside a loop on CPUs.
+      state, logs = one(state, data)
+      return state, jax.tree.map(lambda x: x[None], logs)
+    return jax.lax.scan(lambda s, _: one(s, data), state, None, length=num_steps)
+
+  everywhere = replicated(mesh)
+  return jax.jit(several, in_shardings=(everywhere, everywhere), out_shardings=everywhere,
+                 donate_argnums=0)
+
+
+def sharded_eval(evaluate: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
+  """Compiles `evaluate(state, batch) -> metric states`."""
+  return jax.jit(evaluate, in_shardings=(replicated(mesh), split(mesh)),
+                 out_shardings=replicated(mesh))

@@ -1,0 +1,67 @@
+"""The training state: one pytree that holds all that moves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.balancing import Balancer
+from mtl_jax.models import MultiTaskModel
+from mtl_jax.randomness import purpose_key
+from mtl_jax.tasks import Task
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """What a training step reads and writes.
+
+  Attributes:
+    step: [] int32, steps done.
+    params: parameters of the model.
+    model_state: the model's other variables by collection, such as BatchNorm's statistics.
+    opt_state: of the optimizer.
+    balancer_state: of the balancer.
+    seed: [] uint32; all randomness is drawn from it, the purpose and the step.
+  """
+
+  step: jax.Array
+  params: Any
+  model_state: Any
+  opt_state: Any
+  balancer_state: Any
+  seed: jax.Array
+
+
+def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[str, jax.Array]],
+                       *, model: MultiTaskModel, tasks: Sequence[Task], balancer: Balancer,
+                       optimizer: optax.GradientTransformation) -> TrainState:
+  """A fresh training state.
+
+  Args:
+    seed: [] integer.
+    batch: any batch `{stream: {"image": [B, H, W, C], …}}`; only its shapes matter.
+    model: the model.
+    tasks: the T tasks; each needs a head in the model.
+    balancer: the balancing method.
+    optimizer: an optax optimizer.
+
+  Raises:
+    ValueError: where tasks and heads do not match.
+  """
+  names = [task.name for task in tasks]
+  if len(set(names)) < len(names) or set(names) != set(model.heads):
+    raise ValueError(f"expected one head for each task, found tasks {names} and heads "
+                     f"{list(model.heads)}")
+  keys = {"params": purpose_key(seed, "init"), "dropout": purpose_key(seed, "init_dropout")}
+  variables = dict(model.init(keys, batch))
+  params = variables.pop("params")
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      model_state=variables,
+      opt_state=optimizer.init(params),
+      balancer_state=balancer.init(len(tasks)),
+      seed=jnp.asarray(seed, jnp.uint32),
+  )

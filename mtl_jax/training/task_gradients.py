@@ -1,0 +1,116 @@
+"""Gradient engines: how the tasks' gradients, or their inner products, are obtained.
+
+An engine is one word, valid for every balancing method that it can serve:
+
+  exact     gradients of the shared parameters, one backward pass of the trunk a task.
+  features  gradients of the shared representation, one backward pass of the trunk whatever T
+            (Sener and Koltun, NeurIPS 2018, arXiv:1810.04650, call it MGDA-UB). Where all tasks
+            read one stream, inner products are taken example by example; where they do not, the
+            gradients are summed over the batch first, since examples of different streams do not
+            correspond.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.balancing import Balancer, Decision, Signals
+from mtl_jax.balancing.balancer import combine, gramian_of
+
+ENGINES = ("exact", "features")
+
+Features = Mapping[str, jax.Array]  # of each task, [B, ...]
+
+
+class Backward(NamedTuple):
+  """The backward pass of the part that tasks share.
+
+  Attributes:
+    feature_grads: gradient of each task's loss with respect to its features, [B, ...].
+    pull: from cotangents of each task's features to gradients of the shared parameters.
+    shares_parameters: False where nothing is shared, so that there is nothing to balance.
+    one_stream: whether all tasks read the same stream.
+    one_representation: whether tasks of one stream read the very same features.
+  """
+
+  feature_grads: Features
+  pull: Callable[[Features], Any]
+  shares_parameters: bool
+  one_stream: bool
+  one_representation: bool
+
+
+def _only(task: str, features: Features) -> Features:
+  return {t: x if t == task else jnp.zeros_like(x) for t, x in features.items()}
+
+
+def weigh(features: Features, weights: jax.Array) -> Features:
+  """Each task's entry times its weight; weights [T] in the order of the tasks."""
+  return {t: x * w.astype(x.dtype) for (t, x), w in zip(features.items(), weights)}
+
+
+def _exact_rows(backward: Backward) -> Any:
+  """Gradients of the shared parameters, stacked: leaves [T, ...]."""
+  rows = [backward.pull(_only(t, backward.feature_grads)) for t in backward.feature_grads]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def _feature_rows(backward: Backward) -> Any:
+  """Gradients of the representation, stacked: [T, B, ...], or [T, ...] summed over the batch."""
+  grads = backward.feature_grads.values()
+  return jnp.stack([g if backward.one_stream else g.sum(axis=0) for g in grads])
+
+
+def check_engine(engine: str, balancer: Balancer, *, one_stream: bool,
+                 one_representation: bool) -> None:
+  """Raises ValueError where an engine cannot serve a method."""
+  if engine not in ENGINES:
+    raise ValueError(f"gradients: expected one of {list(ENGINES)}, found {engine!r}")
+  if (engine == "features" and "task_grads" in balancer.needs
+      and not (one_stream and one_representation)):
+    raise ValueError(f"gradients: {balancer.name} returns a direction, which the features engine "
+                     "can apply only where all tasks share the features of one stream; use 'exact'")
+
+
+def balance(balancer: Balancer, signals: Signals, state: Any, backward: Backward,
+            engine: str) -> tuple[Any, Signals, Decision, Any]:
+  """Obtains what the balancer needs, asks it, and forms the shared gradient.
+
+  Args:
+    balancer: the method; the engine computes what its `needs` say and nothing else.
+    signals: losses, active tasks and key.
+    state: of the balancer.
+    backward: the backward pass of the shared part.
+    engine: one of `ENGINES`.
+
+  Returns:
+    The gradient of the shared parameters, the signals as the balancer saw them, its decision and
+    its new state. With nothing shared the Gramian is zero.
+  """
+  needs_rows = bool(balancer.needs & {"gramian", "task_grads"})
+  rows = None
+  if needs_rows and backward.shares_parameters:
+    check_engine(engine, balancer, one_stream=backward.one_stream,
+                 one_representation=backward.one_representation)
+    rows = _exact_rows(backward) if engine == "exact" else _feature_rows(backward)
+    signals = signals._replace(gramian=gramian_of(rows), task_grads=rows)
+  elif needs_rows:
+    num_tasks = signals.losses.shape[0]
+    signals = signals._replace(gramian=jnp.zeros((num_tasks, num_tasks)),
+                               task_grads=jnp.zeros((num_tasks, 1)))
+
+  decision, state = balancer.update(signals, state)
+
+  if rows is not None and engine == "exact":
+    shared = decision.direction
+    if shared is None:
+      shared = combine(rows, decision.weights)
+  elif rows is not None and decision.direction is not None:
+    first = next(iter(backward.feature_grads))
+    zeros = _only("", backward.feature_grads)
+    shared = backward.pull({**zeros, first: decision.direction})
+  else:
+    shared = backward.pull(weigh(backward.feature_grads, decision.weights))
+  return shared, signals, decision, state
