@@ -1,0 +1,134 @@
+"""The contract of every balancing method: signals in, decision out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LEVELS = ("losses", "gramian", "task_grads")
+
+
+class Signals(NamedTuple):
+  """What a balancer may look at in one step. Only what it `needs` is filled in.
+
+  Attributes:
+    losses: [T] mean loss of each task over its labelled examples; 0 where inactive.
+    active: [T] bool; False where the batch holds no label of the task.
+    key: PRNG key of this step, for methods that draw.
+    gramian: [T, T] inner products of the tasks' gradients, float32 or wider.
+    task_grads: pytree whose leaves stack the tasks' gradients, [T, ...].
+  """
+
+  losses: jax.Array
+  active: jax.Array
+  key: jax.Array
+  gramian: jax.Array | None = None
+  task_grads: Any = None
+
+
+class Decision(NamedTuple):
+  """What a balancer decides.
+
+  Attributes:
+    weights: [T] weights of the tasks' gradients; 0 where inactive. A method that returns a
+      direction reports here how much of each gradient it kept.
+    direction: pytree like one task's gradient, or None: the weighted sum of the gradients.
+  """
+
+  weights: jax.Array
+  direction: Any = None
+
+
+class Balancer(NamedTuple):
+  """A balancing method: two pure functions and what they ask of the training step.
+
+  Attributes:
+    name: the name that users type.
+    init: `init(num_tasks) -> state`, a NamedTuple of arrays (or `()`).
+    update: `update(signals, state) -> (decision, state)`.
+    needs: frozenset with one of `LEVELS`: the step computes exactly that.
+    scale_heads: whether the weights also scale the gradients of what tasks do not share.
+  """
+
+  name: str
+  init: Callable[[int], Any]
+  update: Callable[[Signals, Any], tuple[Decision, Any]]
+  needs: frozenset[str]
+  scale_heads: bool = False
+
+
+def no_state(num_tasks: int) -> tuple:
+  """State of a method that has none."""
+  del num_tasks
+  return ()
+
+
+def wide(*dtypes: Any) -> Any:
+  """The widest of some floating dtypes, float32 at least: what sums are taken in."""
+  return max((jnp.dtype(jnp.float32), *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def gramian_of(task_grads: Any) -> jax.Array:
+  """Inner products [T, T] of stacked gradients, summed over all leaves in float32 or wider.
+
+  >>> import jax.numpy as jnp
+  >>> gramian_of({"w": jnp.array([[-4., 1., 1.], [6., 1., 1.]])}).tolist()
+  [[18.0, -22.0], [-22.0, 38.0]]
+  """
+  leaves = jax.tree.leaves(task_grads)
+  dtype = wide(*(leaf.dtype for leaf in leaves))
+
+  def leaf_gramian(leaf):
+    rows = leaf.reshape(leaf.shape[0], -1).astype(dtype)
+    return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+  return sum(leaf_gramian(leaf) for leaf in leaves)
+
+
+def combine(task_grads: Any, weights: jax.Array) -> Any:
+  """The weighted sum over tasks, leaf by leaf: `Jᵀ w`, in each leaf's own dtype."""
+  def leaf_sum(leaf):
+    dtype = wide(leaf.dtype)
+    return jnp.tensordot(weights.astype(dtype), leaf.astype(dtype), axes=1,
+                         precision=jax.lax.Precision.HIGHEST).astype(leaf.dtype)
+  return jax.tree.map(leaf_sum, task_grads)
+
+
+def aggregate(balancer: Balancer, jacobian: Any, *, losses: jax.Array | None = None,
+              active: jax.Array | None = None, state: Any = None,
+              key: jax.Array | None = None) -> tuple[Any, Any]:
+  """Applies a balancer to a Jacobian outside of any training step: `[T, P] -> [P]`.
+
+  Args:
+    balancer: any method.
+    jacobian: [T, P], or a pytree whose leaves stack the tasks' gradients.
+    losses: [T] losses; ones when left out.
+    active: [T] bool; all active when left out.
+    state: the balancer's state; a fresh one when left out.
+    key: PRNG key; `jax.random.key(0)` when left out.
+
+  Returns:
+    The direction handed to the optimizer for the shared parameters, and the new state.
+
+  >>> from mtl_jax import balancing
+  >>> J = jnp.array([[-4., 1., 1.], [6., 1., 1.]])
+  >>> d, _ = aggregate(balancing.mgda(), J)
+  >>> [round(float(x), 4) + 0.0 for x in d]
+  [0.0, 1.0, 1.0]
+  """
+  num_tasks = jax.tree.leaves(jacobian)[0].shape[0]
+  state = balancer.init(num_tasks) if state is None else state
+  if active is not None:  # zero times a NaN is a NaN: what an inactive task holds goes first
+    jacobian = jax.tree.map(
+        lambda leaf: jnp.where(active.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), jacobian)
+  signals = Signals(
+      losses=jnp.ones(num_tasks) if losses is None else losses,
+      active=jnp.ones(num_tasks, bool) if active is None else active,
+      key=jax.random.key(0) if key is None else key,
+      gramian=gramian_of(jacobian) if "gramian" in balancer.needs else None,
+      task_grads=jacobian if "task_grads" in balancer.needs else None,
+  )
+  decision, state = balancer.update(signals, state)
+  if decision.direction is not None:
+    return decision.direction, state
+  return combine(jacobian, decision.weights), state

@@ -1,0 +1,85 @@
+"""Uncertainty weighting: each task learns how noisy it is."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.balancing import hyperparameters
+from mtl_jax.balancing.balancer import Balancer, Decision, Signals
+
+LIMIT = 30.0  # of |log σ²|: a loss that stays zero would drive the weight to infinity
+
+
+class UncertaintyState(NamedTuple):
+  """What the tasks have learned of their noise.
+
+  Attributes:
+    log_variance: [T] s = log σ².
+    adam: Adam's moments and step counts, one a task: every leaf is [T].
+  """
+
+  log_variance: jax.Array
+  adam: Any
+
+
+def uncertainty(init: float | jax.Array = 0.0,
+                learning_rate: float | jax.Array = 0.025) -> Balancer:
+  """Weighs tasks by their learned homoscedastic uncertainty.
+
+  The rule: with `s = log σ²` learned beside the network, minimise
+  `Σ ½ (L_i exp(-s_i) + s_i)`. So `w_i = ½ exp(-s_i)`, taken before the step, and Adam moves `s_i`
+  against the gradient `½ (1 - L_i exp(-s_i))`; at rest `exp(s_i) = L_i`.
+
+  Args:
+    init: first value of every `s_i`, within [-30, 30], the range in which `s_i` stays.
+    learning_rate: of the Adam that moves `s`; above 0.
+
+  Returns:
+    A balancer that needs the losses only; one backward pass. Its state is [T] arrays; a task
+    that is not active keeps its own.
+
+  >>> import jax.numpy as jnp
+  >>> from mtl_jax import balancing
+  >>> J = jnp.array([[-4., 1., 1.], [6., 1., 1.]])
+  >>> d, state = balancing.aggregate(uncertainty(), J, losses=jnp.array([2., 0.5]))
+  >>> d.tolist()
+  [1.0, 1.0, 1.0]
+  >>> [round(float(s), 3) for s in state.log_variance]
+  [0.025, -0.025]
+
+  Reference:
+    Kendall, Gal, Cipolla: Multi-Task Learning Using Uncertainty to Weigh Losses for Scene
+    Geometry and Semantics. CVPR 2018, arXiv:1705.07115.
+
+  Differences:
+    The paper halves the loss for regression only; like every public code we use one form for
+    all tasks, with the half. Dropping it shifts `s` by log 2. LibMTL starts at -0.5 and trains
+    `s` with the network's optimizer and weight decay; here, as in nash-mtl, `s` starts at 0 with
+    its own learning rate, and nothing decays it. The bound on `s` is ours.
+  """
+  hyperparameters.check_numbers(
+      "uncertainty", "init", init, f"a number in [{-LIMIT:g}, {LIMIT:g}]",
+      lambda array: array.ndim == 0 and abs(array) <= LIMIT)
+  hyperparameters.check_numbers("uncertainty", "learning_rate", learning_rate, "a number above 0",
+                                lambda array: array.ndim == 0 and array > 0)
+  adam = optax.scale_by_adam()
+
+  def init_state(num_tasks: int) -> UncertaintyState:
+    log_variance = jnp.full(num_tasks, init, dtype=float)
+    return UncertaintyState(log_variance, jax.vmap(adam.init)(log_variance))
+
+  def update(signals: Signals, state: UncertaintyState) -> tuple[Decision, UncertaintyState]:
+    log_variance = state.log_variance
+    losses = jnp.where(signals.active, signals.losses, 0).astype(log_variance.dtype)
+    precision = jnp.exp(-log_variance)
+    gradient = 0.5 * (1 - losses * precision)
+    with jax.numpy_dtype_promotion("standard"):  # Adam takes a power of its integer count
+      move, moments = jax.vmap(adam.update)(gradient, state.adam)
+    rate = jnp.asarray(learning_rate, log_variance.dtype)
+    stepped = UncertaintyState(jnp.clip(log_variance - rate * move, -LIMIT, LIMIT), moments)
+    state = jax.tree.map(lambda new, old: jnp.where(signals.active, new, old), stepped, state)
+    return Decision(jnp.where(signals.active, 0.5 * precision, 0)), state
+
+  return Balancer("uncertainty", init_state, update, frozenset({"losses"}), scale_heads=True)
