@@ -30,23 +30,24 @@ _PROBE_SECONDS = 5.0
 _TIMEOUT = (5.0, 30.0)  # seconds to connect, and between two answers
 
 
-def cifar10(dir: str | os.PathLike[str]) -> Source:
+def cifar10(dir: str | os.PathLike[str], *, download: bool = True) -> Source:
   """CIFAR-10: 50,000 train and 10,000 test images, 32x32, with a `label` of 10 classes.
 
   Args:
     dir: a data_dir of TFDS, with the data set prepared (as array_record or tfrecord) or with the
       archive in `<dir>/downloads/manual/`, or where it shall be downloaded and prepared.
+    download: whether a missing archive may be downloaded.
 
   Raises:
     MissingData: the data set is not there and cannot be downloaded.
     UserError: what is there is damaged, or there is no room or permission to prepare it.
   """
-  return _source("cifar10", dir)
+  return _source("cifar10", dir, download)
 
 
-def cifar100(dir: str | os.PathLike[str]) -> Source:
+def cifar100(dir: str | os.PathLike[str], *, download: bool = True) -> Source:
   """CIFAR-100: as `cifar10`, with a `label` of 100 classes and a `coarse_label` of 20."""
-  return _source("cifar100", dir)
+  return _source("cifar100", dir, download)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +90,14 @@ class Records:
     return {"image": image, **{name: np.asarray(example[name], np.int32) for name in self.labels}}
 
 
-def _source(name: str, dir: str | os.PathLike[str]) -> Source:
+def _source(name: str, dir: str | os.PathLike[str], download: bool) -> Source:
   import tensorflow_datasets as tfds
   if "://" in os.fspath(dir):
     raise UserError(f"expected a folder of this machine as data.dir, found {dir}")
   root = pathlib.Path(dir).expanduser()
   builder = _prepared(name, root)
   if builder is None:
-    _prepare(name, root)
+    _prepare(name, root, download)
     builder = _prepared(name, root)
   if builder is None:
     raise _broken(root / name, "its description is missing")
@@ -155,14 +156,8 @@ def _records(builder: "tfds.core.DatasetBuilder", split: str) -> Sequence[bytes]
 
 
 def _tfrecords(path: pathlib.Path) -> Iterator[bytes]:
-  """The records of a TFRecord file: each is its length, the length's CRC, its bytes, their CRC.
-
-  The CRCs are verified where google_crc32c is installed.
-  """
-  try:
-    from google_crc32c import value as crc32c
-  except ImportError:
-    crc32c = None
+  """The records of a TFRecord file: each is its length, the length's CRC, its bytes, their CRC."""
+  from google_crc32c import value as crc32c
   content = path.read_bytes()
   start = 0
   while start < len(content):
@@ -170,7 +165,7 @@ def _tfrecords(path: pathlib.Path) -> Iterator[bytes]:
     end = body + int.from_bytes(content[start:start + 8], "little")
     if max(body, end) + 4 > len(content):
       raise _damaged(path, f"cut within the record at byte {start}")
-    for first, last in ((start, start + 8), (body, end)) if crc32c else ():
+    for first, last in ((start, start + 8), (body, end)):
       crc = crc32c(content[first:last])
       masked = (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF
       if masked.to_bytes(4, "little") != content[last:last + 4]:
@@ -192,7 +187,7 @@ def _damaged(path: pathlib.Path, found: str) -> UserError:
 # ---- Preparing it from the archive.
 
 
-def _prepare(name: str, root: pathlib.Path) -> None:
+def _prepare(name: str, root: pathlib.Path, download: bool) -> None:
   import tensorflow_datasets as tfds
   (url, expected), = tfds.builder_cls(name).url_infos.items()
   archive = root / "downloads" / "manual" / expected.filename
@@ -200,7 +195,7 @@ def _prepare(name: str, root: pathlib.Path) -> None:
     if archive.exists():
       _verify(archive, expected, f"replace it by {url}")
     else:
-      _download(name, url, expected, archive)
+      _download(name, url, expected, archive, allowed=download)
     _archive_builder(name, archive)(data_dir=root).download_and_prepare(file_format="array_record")
   except (OSError, RuntimeError) as error:  # array_record's writer raises the latter
     if _prepared(name, root):
@@ -254,11 +249,14 @@ def _verify(file: pathlib.Path, expected: "checksums.UrlInfo", remedy: str) -> N
 # ---- Downloading the archive.
 
 
-def _download(name: str, url: str, expected: "checksums.UrlInfo", archive: pathlib.Path) -> None:
+def _download(name: str, url: str, expected: "checksums.UrlInfo", archive: pathlib.Path, *,
+              allowed: bool) -> None:
   """Downloads to a name of this process alone; only what has been verified becomes `archive`."""
   import requests
   part = archive.with_name(f"{archive.name}.{uuid.uuid4().hex}")
   try:
+    if not allowed:
+      raise requests.ConnectionError("data.download is off")
     if not _reachable("{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))):
       raise requests.ConnectionError("no answer")
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +267,7 @@ def _download(name: str, url: str, expected: "checksums.UrlInfo", archive: pathl
     raise MissingData(
         f"expected {name} prepared by TFDS in {archive.parents[2] / name}, or {archive}: found "
         f"neither\nand {url} cannot be downloaded: {error}\n"
-        "place that archive, prepare the data set with TFDS, or set data.missing=sample"
+        "place that archive, prepare the data set with TFDS, or set config.data.missing=sample"
     ) from error
   finally:
     part.unlink(missing_ok=True)

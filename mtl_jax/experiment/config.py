@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import importlib.util
 import pathlib
+import traceback
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -106,14 +107,15 @@ def load(flag: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def _get_config(path: pathlib.Path):
   if not path.is_file():
     raise UserError(f"--config: expected a Python file with get_config(arg), found no file {path}")
-  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path.resolve())
   if spec is None:
     raise UserError(f"--config: expected a Python file with get_config(arg), found {path}")
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
   except Exception as error:  # whatever a user's file may raise, in one line
-    line = getattr(error, "lineno", None) or error.__traceback__.tb_next.tb_lineno
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path.resolve())]
+    line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
     raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
   if not callable(getattr(module, "get_config", None)):
     raise UserError(f"{path}: expected a function get_config(arg), found none")
@@ -245,9 +247,12 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
 def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:
   where = "config.optimizer"
   ours = sections.arguments_of(where, optimizer, {}, given=("learning_rate",))
-  completed = sections.complete(where, found, OPTIMIZERS, also=("schedule", *ours))
-  own = {key: found[key] for key in ("learning_rate", *ours) if key in found}
-  completed |= sections.arguments_of(where, optimizer, own)
+  completed = sections.complete(where, found, OPTIMIZERS, given=("learning_rate",),
+                                also=("learning_rate", "schedule", *ours))
+  completed |= sections.arguments_of(where, optimizer,
+                                     {key: found[key] for key in ours if key in found})
+  completed["learning_rate"] = sections.coerce(f"{where}.learning_rate",
+                                               found.get("learning_rate"), float | None)
   if completed["learning_rate"] is None or not completed["learning_rate"] > 0:
     raise UserError(f"{where}.learning_rate: expected a number > 0, "
                     f"found {completed['learning_rate']!r}")

@@ -22,7 +22,7 @@ from mtl_jax.experiment.build import Experiment
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.console import Console
 from mtl_jax.experiment.evaluation import evaluator, on_devices, score
-from mtl_jax.experiment.run_folder import MetricsFile, RunFolder
+from mtl_jax.experiment.run_folder import MetricsFile, RunFolder, without_nan
 from mtl_jax.tasks import compute_metrics
 from mtl_jax.training.sharding import (check_divides, create_sharded, data_mesh, replicated,
                                        sharded_resident_steps, sharded_step)
@@ -90,7 +90,7 @@ def evaluate(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[st
   with contextlib.closing(Checkpoints(folder.path / "checkpoints")) as checkpoints:
     state = checkpoints.restore(summary["best_step"], _abstract_state(experiment, mesh))
   evaluate_split = evaluator(experiment, mesh)
-  found = {split: evaluate_split(state, split) for split in ("validation", "test")}
+  found = without_nan({split: evaluate_split(state, split) for split in ("validation", "test")})
   console.summary({**summary, **found}, experiment.tasks)
   differ = [f"{split} {name}: {value!r} here, {summary[split][name]!r} in summary.json"
             for split, values in found.items() for name, value in values.items()
@@ -184,7 +184,7 @@ class _Run:
     test = self._evaluate(state, "test")
     self._write({**self._header(best, "test"), **test})
     self._metrics.flush()
-    summary = {
+    summary = without_nan({
         "data": experiment.data,
         "test": test,
         "validation": self._record["best_metrics"],
@@ -193,7 +193,7 @@ class _Run:
         "wall_seconds": round(time.perf_counter() - self._started, 1),
         "versions": _versions(),
         "devices": [device.device_kind for device in jax.devices()],
-    }
+    })
     self._folder.write_summary(summary)
     return summary
 
@@ -320,7 +320,7 @@ def _check_labels(stream: str, columns: dict[str, np.ndarray], classes: dict[str
 
 def _events(path: pathlib.Path, step: int) -> Any:
   from tensorboardX import SummaryWriter
-  return SummaryWriter(str(path), purge_step=step + 1 if step else None)
+  return SummaryWriter(str(path), purge_step=step + 1)
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -12,6 +13,13 @@ from mtl_jax.errors import UserError
 def plain(value: Any) -> Any:
   """What JSON gives back for a value: tuples become lists."""
   return json.loads(json.dumps(value))
+
+
+def without_nan(value: Any) -> Any:
+  """The value with None for every number that JSON cannot hold."""
+  if isinstance(value, Mapping):
+    return {key: without_nan(item) for key, item in value.items()}
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _differences(old: Any, new: Any, where: str) -> list[str]:
@@ -67,7 +75,7 @@ class RunFolder:
     """Raises UserError where the folder belongs to another config or other data."""
     try:
       old = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       return
     except (OSError, ValueError) as error:
       raise UserError(f"{self.path / 'config.json'}: expected the config of a run, "
@@ -92,7 +100,7 @@ class RunFolder:
   def write_summary(self, summary: Mapping[str, Any]) -> None:
     """Writes the final numbers."""
     if self._writes:
-      _written(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+      _written(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 class MetricsFile:
@@ -101,17 +109,17 @@ class MetricsFile:
   def __init__(self, path: pathlib.Path, keep_bytes: int, *, writes: bool = True):
     self._file = None
     if writes:
-      self._file = open(path, "ab")
-      if self._file.tell() < keep_bytes:
+      size = path.stat().st_size if path.exists() else 0
+      if size < keep_bytes:
         raise UserError(f"{path}: expected at least the {keep_bytes} bytes that the checkpoint "
-                        f"knows of, found {self._file.tell()}; it was cut or replaced")
+                        f"knows of, found {size}; it was cut or replaced")
+      self._file = open(path, "ab")
       self._file.truncate(keep_bytes)
 
   def write(self, record: Mapping[str, Any]) -> None:
-    """Appends one record; NaN becomes null, so that every line is JSON."""
+    """Appends one record; numbers that are not finite become null, so that every line is JSON."""
     if self._file:
-      safe = {key: None if value != value else value for key, value in record.items()}
-      self._file.write((json.dumps(safe, allow_nan=False) + "\n").encode())
+      self._file.write((json.dumps(without_nan(record), allow_nan=False) + "\n").encode())
 
   def flush(self) -> int:
     """Makes all records safe on disk and returns their size in bytes."""

@@ -197,7 +197,6 @@ def cut_between_records(content: bytes) -> bytes:
 
 
 def altered(content: bytes) -> bytes:
-  pytest.importorskip("google_crc32c")
   return content[:100] + bytes([content[100] ^ 1]) + content[101:]
 
 
@@ -372,3 +371,9 @@ def test_a_site_without_the_archive_is_missing_data(tmp_path, monkeypatch, site)
   with pytest.raises(MissingData, match="404"):
     cifar.cifar10(tmp_path)
   assert not list((tmp_path / "downloads" / "manual").iterdir())
+
+
+def test_nothing_is_downloaded_where_that_is_off(tmp_path, monkeypatch):
+  monkeypatch.setattr(cifar, "_answers", lambda site: pytest.fail("asked the network"))
+  with pytest.raises(MissingData, match="cannot be downloaded: data.download is off"):
+    cifar.cifar10(tmp_path, download=False)
