@@ -43,7 +43,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
   """Runs one command; returns the exit code."""
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told by us
   arguments = None
   try:
     arguments = _arguments(argv)

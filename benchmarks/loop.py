@@ -1,0 +1,88 @@
+"""Images a second of the real loop beside the bare step, on the bundled sample.
+
+  python benchmarks/loop.py [--config=configs/cifar_mtl.py] [--steps=120] [--repeats=3]
+
+The real loop draws, augments and normalises its batches, logs every step, evaluates and saves;
+the bare step trains on one batch that lies ready. Repeats alternate between them and the two data
+engines. Prints JSON lines with medians, and the ratio to the bare step in the same run.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+
+from mtl_jax.data import streams
+from mtl_jax.experiment import build, config, loop
+from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
+
+
+def experiment_of(args: argparse.Namespace, engine: str, data_dir: str) -> build.Experiment:
+  overrides = [f"--config.train.steps={args.steps}", "--config.train.log_every_steps=10",
+               f"--config.data.engine={engine}", "--config.data.download=False",
+               "--config.data.missing=sample", f"--config.data.dir={data_dir}"]
+  return build.build(config.complete(config.load(args.config, overrides)))
+
+
+def bare_rate(experiment: build.Experiment, steps: int) -> float:
+  """Images a second of the step alone, from one batch on the device."""
+  mesh = data_mesh()
+  state = create_sharded(lambda: experiment.create_state(0), mesh)
+  size = experiment.config.data.batch_size
+  batch = {stream: {k: v[:size] for k, v in examples.arrays().items()}
+           for stream, examples in experiment.examples("train").items()}
+  batch = jax.device_put(streams.preprocess(
+      jax.device_put(batch), state.seed, state.step, statistics=experiment.statistics), split(mesh))
+  step = sharded_step(lambda s, b: build.train_step(
+      s, b, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
+      optimizer=experiment.optimizer, gradients=experiment.config.train.gradients), mesh)
+  state, _ = jax.block_until_ready(step(state, batch))
+  times = []
+  for _ in range(steps):
+    start = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, batch))
+    times.append(time.perf_counter() - start)
+  return size * len(batch) / statistics.median(times)
+
+
+def loop_rate(experiment: build.Experiment) -> float:
+  """Images a second that a real run logs, its first records (compilation) left out."""
+  with tempfile.TemporaryDirectory() as folder:
+    loop.train(experiment, pathlib.Path(folder) / "run")
+    lines = (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  rates = [r["examples_per_second"] for r in records if r["split"] == "train"]
+  return statistics.median(rates[1:])
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", default="configs/cifar_mtl.py")
+  parser.add_argument("--steps", type=int, default=120)
+  parser.add_argument("--repeats", type=int, default=3)
+  args = parser.parse_args()
+
+  rates = {"bare step": [], "resident": [], "grain": []}
+  with tempfile.TemporaryDirectory() as data_dir:
+    experiments = {engine: experiment_of(args, engine, data_dir) for engine in streams.ENGINES}
+    for _ in range(args.repeats):
+      rates["bare step"].append(bare_rate(experiments["resident"], args.steps))
+      for engine, experiment in experiments.items():
+        rates[engine].append(loop_rate(experiment))
+  bare = statistics.median(rates["bare step"])
+  for name, values in rates.items():
+    rate = statistics.median(values)
+    print(json.dumps({
+        "benchmark": "loop", "what": name, "config": args.config,
+        "images_per_second": round(rate, 1), "ratio_to_bare": round(rate / bare, 3),
+        "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
+        "jax": jax.__version__}))
+
+
+if __name__ == "__main__":
+  main()
