@@ -41,9 +41,16 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   return arguments
 
 
+def _quiet() -> None:
+  """Keeps Orbax from printing beside the one message that tells of a failed save or read."""
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  tell = sys.unraisablehook
+  sys.unraisablehook = lambda unraisable: (
+      None if str(unraisable.exc_value) == "Event loop is closed" else tell(unraisable))
+
+
 def main(argv: list[str]) -> int:
   """Runs one command; returns the exit code."""
-  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told by us
   arguments = None
   try:
     arguments = _arguments(argv)
@@ -74,4 +81,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+  _quiet()
   sys.exit(main(sys.argv[1:]))
