@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 LEVELS = ("losses", "gramian", "task_grads")
+EXTRAS = ("gradient_state", "losses_after_step")
 
 
 class Signals(NamedTuple):
@@ -41,21 +42,43 @@ class Decision(NamedTuple):
 
 
 class Balancer(NamedTuple):
-  """A balancing method: two pure functions and what they ask of the training step.
+  """A balancing method: pure functions and what they ask of the training step.
 
   Attributes:
     name: the name that users type.
-    init: `init(num_tasks) -> state`, a NamedTuple of arrays (or `()`).
+    init: `init(num_tasks) -> state`, a NamedTuple of arrays (or `()`); with "gradient_state",
+      `init(num_tasks, task_grads)`, whose second argument has the shapes of `Signals.task_grads`.
     update: `update(signals, state) -> (decision, state)`.
-    needs: frozenset with one of `LEVELS`: the step computes exactly that.
+    needs: frozenset with one of `LEVELS`, and any of `EXTRAS`: the step computes exactly that.
+      "gradient_state": the state holds something of the size of the task gradients.
+      "losses_after_step": `after_step` wants the losses of the same batch after the step.
     scale_heads: whether the weights also scale the gradients of what tasks do not share.
+    scale: what comes out when all T active gradients equal g: "sum" T·g, "mean" g, "own" neither.
+    after_step: `after_step(losses, active, state) -> state`, for "losses_after_step".
+    due: `due(state) -> [] bool`, whether the next update looks at gradients; None where always.
   """
 
   name: str
-  init: Callable[[int], Any]
+  init: Callable[..., Any]
   update: Callable[[Signals, Any], tuple[Decision, Any]]
   needs: frozenset[str]
   scale_heads: bool = False
+  scale: str = "sum"
+  after_step: Callable[[jax.Array, jax.Array, Any], Any] | None = None
+  due: Callable[[Any], jax.Array] | None = None
+
+
+def init_state(balancer: Balancer, num_tasks: int, task_grads: Any) -> Any:
+  """A balancer's first state.
+
+  Args:
+    balancer: any method.
+    num_tasks: T.
+    task_grads: arrays or shapes of the stacked task gradients, leaves [T, ...].
+  """
+  if "gradient_state" in balancer.needs:
+    return balancer.init(num_tasks, task_grads)
+  return balancer.init(num_tasks)
 
 
 def no_state(num_tasks: int) -> tuple:
@@ -117,7 +140,7 @@ def aggregate(balancer: Balancer, jacobian: Any, *, losses: jax.Array | None = N
   [0.0, 1.0, 1.0]
   """
   num_tasks = jax.tree.leaves(jacobian)[0].shape[0]
-  state = balancer.init(num_tasks) if state is None else state
+  state = init_state(balancer, num_tasks, jacobian) if state is None else state
   if active is not None:  # zero times a NaN is a NaN: what an inactive task holds goes first
     jacobian = jax.tree.map(
         lambda leaf: jnp.where(active.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), jacobian)

@@ -49,4 +49,5 @@ def fixed(weights: Sequence[float] | jax.Array) -> Balancer:
     constants = jnp.asarray(weights, signals.losses.dtype)
     return Decision(jnp.where(signals.active, constants, 0)), state
 
-  return Balancer("fixed", init, update, frozenset({"losses"}), scale_heads=True)
+  return Balancer("fixed", init, update, frozenset({"losses"}), scale_heads=True,
+                  scale="own")

@@ -54,4 +54,5 @@ def mgda(normalization: str = "none") -> Balancer:
       scales *= jnp.sqrt(jnp.diagonal(gramian))
     return Decision(solvers.shortest_combination(gramian, signals.active, scales)), state
 
-  return Balancer("mgda", no_state, update, frozenset({"gramian"}))
+  return Balancer("mgda", no_state, update, frozenset({"gramian"}),
+                  scale="mean" if normalization == "none" else "own")

@@ -82,4 +82,5 @@ def uncertainty(init: float | jax.Array = 0.0,
     state = jax.tree.map(lambda new, old: jnp.where(signals.active, new, old), stepped, state)
     return Decision(jnp.where(signals.active, 0.5 * precision, 0)), state
 
-  return Balancer("uncertainty", init_state, update, frozenset({"losses"}), scale_heads=True)
+  return Balancer("uncertainty", init_state, update, frozenset({"losses"}), scale_heads=True,
+                  scale="own")
