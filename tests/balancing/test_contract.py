@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,43 +12,8 @@ import pytest
 
 from mtl_jax import balancing
 from mtl_jax.balancing.balancer import LEVELS, combine, gramian_of
+from tests.balancing.rows import ROWS, Row
 
-
-class Row(NamedTuple):
-  """A method as it is put through the contract, and what it claims.
-
-  Attributes:
-    name: of the method.
-    kwargs: from the number of tasks to the factory's arguments.
-    at_zero: weight of each of T active tasks when every gradient is zero.
-    draws: whether the decision depends on the key.
-  """
-
-  name: str
-  kwargs: Callable[[int], dict[str, Any]] = lambda num_tasks: {}
-  at_zero: Callable[[int], float] = lambda num_tasks: 1.0
-  draws: bool = False
-
-  def build(self, num_tasks: int) -> balancing.Balancer:
-    return balancing.get(self.name, **self.kwargs(num_tasks))
-
-
-def mean(num_tasks: int) -> float:
-  return 1 / num_tasks
-
-
-ROWS = (
-    Row("equal"),
-    Row("fixed", lambda num_tasks: {"weights": (0.5,) * num_tasks}, lambda num_tasks: 0.5),
-    Row("uncertainty", at_zero=lambda num_tasks: 0.5),
-    Row("mgda", at_zero=mean),
-    Row("mgda", lambda num_tasks: {"normalization": "l2"}, mean),
-    Row("mgda", lambda num_tasks: {"normalization": "loss+"}, mean),
-    Row("pcgrad", draws=True),
-    Row("pcgrad", lambda num_tasks: {"reduction": "mean"}, mean, draws=True),
-    Row("graddrop", at_zero=lambda num_tasks: 0.0, draws=True),
-    Row("graddrop", lambda num_tasks: {"leak": (0.3,) * num_tasks}, lambda num_tasks: 0.0, True),
-)
 NO_METHODS = {"__init__", "balancer", "hyperparameters", "solvers"}
 IDS = [f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-") for row in ROWS]
 PARAMETERS = 7  # more than some task counts, fewer than others
