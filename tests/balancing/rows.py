@@ -14,12 +14,17 @@ class Row(NamedTuple):
     kwargs: from the number of tasks to the factory's arguments.
     at_zero: weight of each of T active tasks when every gradient is zero.
     draws: whether the decision depends on the key.
+    signed: whether weights may be negative.
+    settled: False where the update with all tasks but one absent may differ from that of fewer
+      tasks, because the method's constants depend on T.
   """
 
   name: str
   kwargs: Callable[[int], dict[str, Any]] = lambda num_tasks: {}
   at_zero: Callable[[int], float] = lambda num_tasks: 1.0
   draws: bool = False
+  signed: bool = False
+  settled: bool = True
 
   def build(self, num_tasks: int) -> balancing.Balancer:
     return balancing.get(self.name, **self.kwargs(num_tasks))

@@ -147,7 +147,7 @@ def test_finite_on_hard_cases(num_tasks, row):
     for leaf in jax.tree.leaves((weights, direction, state)):
       assert np.isfinite(leaf).all(), name
     assert weights.dtype == direction.dtype == jnp.float32
-    assert (weights >= 0).all(), name
+    assert row.signed or (weights >= 0).all(), name
     if name == "zero":
       same(weights, np.full(num_tasks, row.at_zero(num_tasks)), rtol=1e-6)
 
@@ -165,7 +165,7 @@ def test_inactive_tasks_do_not_matter(row):
     same(found, expected, rtol=1e-6)
     assert found[0][1] == 0
     jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[1], old[1]), found[2], state)
-  if not row.draws:  # as good as not there
+  if row.settled and not row.draws:  # as good as not there
     rest = np.array([0, 2])
     alone = decider(row, 2)(jacobian[rest], losses=losses[rest])
     same(expected[0][rest], alone[0], rtol=1e-4, atol=1e-6)
