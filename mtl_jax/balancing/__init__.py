@@ -18,8 +18,11 @@ pure functions. To add one, write its file and enter it in `METHODS` and in this
 """
 
 from collections.abc import Callable
+import dataclasses
 import difflib
+import inspect
 
+from mtl_jax.balancing import wrappers
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals, aggregate
 from mtl_jax.balancing.equal import equal
 from mtl_jax.balancing.fixed import fixed
@@ -47,26 +50,34 @@ __all__ = [
 
 
 def get(name: str, **kwargs) -> Balancer:
-  """The method that a config names, built with its factory's keyword arguments.
+  """The method that a config names, under the wrappers that it names.
 
   Args:
     name: a key of `METHODS`.
-    **kwargs: the factory's own arguments; what is left out keeps the factory's default.
+    **kwargs: the factory's own arguments, and fields of `wrappers.Options` (`every`, `smoothed`,
+      `log_losses`, `max_norm`, `reduction`, `scale_heads`) that the factory has not got itself.
 
   Returns:
     The balancer.
 
-  >>> get("mgda", normalization="l2").name
+  >>> get("mgda", normalization="l2", every=10).name
   'mgda'
-  >>> get("pcgard")
+  >>> get("pcgard")  # doctest: +ELLIPSIS
   Traceback (most recent call last):
   ...
-  ValueError: balancing: name: expected one of equal, fixed, graddrop, mgda, pcgrad, uncertainty, \
-found 'pcgard'; nearest: pcgrad
+  ValueError: balancing: name: expected one of ...; nearest: pcgrad
   """
   if name not in METHODS:
     nearest = difflib.get_close_matches(str(name), METHODS)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
     raise ValueError(f"balancing: name: expected one of {', '.join(sorted(METHODS))}, "
                      f"found {name!r}{hint}")
-  return METHODS[name](**kwargs)
+  options = {key: kwargs.pop(key) for key in wrapper_fields(name) if key in kwargs}
+  return wrappers.wrap(METHODS[name](**kwargs), wrappers.Options(**options))
+
+
+def wrapper_fields(name: str) -> tuple[str, ...]:
+  """The wrappers that `get` lays over a method: all whose name is no argument of its factory."""
+  own = inspect.signature(METHODS[name]).parameters
+  return tuple(field.name for field in dataclasses.fields(wrappers.Options)
+               if field.name not in own)

@@ -5,19 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import hyperparameters, solvers
+from mtl_jax.balancing import solvers
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
 
 
-def pcgrad(reduction: str = "sum") -> Balancer:
+def pcgrad() -> Balancer:
   """Projects each task gradient onto the normal plane of every other that it conflicts with.
 
   The rule: for each `i` start from `g = g_i`; for the other `j` in random order, wherever
   `g·g_j < 0`, replace `g` by `g - (g·g_j / ‖g_j‖²) g_j`. Then `d` is the sum of the results. With
   two tasks `d` conflicts with neither; with more, some conflict can remain.
-
-  Args:
-    reduction: "sum" or "mean" over the active tasks.
 
   Returns:
     A balancer that needs the Gramian: every result is a combination of the gradients, so the
@@ -37,11 +34,9 @@ def pcgrad(reduction: str = "sum") -> Balancer:
 
   Differences:
     The official code discards its shuffle, which fixes the order; we draw one for each task, as
-    the paper says. LibMTL and nash-mtl sum, as here by default; a common PyTorch port averages,
-    whatever its reduction says.
+    the paper says. LibMTL and nash-mtl sum, as here; a common PyTorch port averages, whatever its
+    reduction says (`reduction="mean"` of `balancing.get`).
   """
-  hyperparameters.check_choice("pcgrad", "reduction", reduction, ("sum", "mean"))
-
   def update(signals: Signals, state: Any) -> tuple[Decision, Any]:
     active = signals.active
     cosines, norms = solvers.unit_rows(signals.gramian, active)
@@ -59,8 +54,6 @@ def pcgrad(reduction: str = "sum") -> Balancer:
     added = jax.lax.fori_loop(0, len(tasks), project, own) - own
     lengths = jnp.where(norms > 0, norms, 1)
     weights = 1 + jnp.sum(norms[:, None] * added, axis=0) / lengths
-    if reduction == "mean":
-      weights /= jnp.maximum(jnp.sum(active, dtype=weights.dtype), 1)
     return Decision(jnp.where(active, weights, 0)), state
 
   return Balancer("pcgrad", no_state, update, frozenset({"gramian"}))

@@ -6,12 +6,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import optax
 
 from mtl_jax import balancing
 from mtl_jax.balancing import Balancer
+from mtl_jax.balancing.balancer import init_state
 from mtl_jax.data import sources, streams
 from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics
 from mtl_jax.data.source import Examples, Source
@@ -126,10 +128,11 @@ def build(config: ConfigDict) -> Experiment:
   if num_steps * batch_size >= 2 ** 32:
     raise UserError(f"config.train: expected fewer than 2**32 examples a stream, found {num_steps} "
                     f"steps of {batch_size}")
-  balancer = sections.make("config.balancer", config.balancer, balancing.METHODS)
+  balancer = sections.make("config.balancer", config.balancer, {
+      config.balancer.name: functools.partial(balancing.get, config.balancer.name)})
   model = _model(config, tasks)
   try:
-    balancer.init(len(tasks))
+    jax.eval_shape(lambda: init_state(balancer, len(tasks), jnp.zeros((len(tasks), 1))))
     check_engine(config.train.gradients, balancer,
                  one_stream=len({task.stream for task in tasks}) == 1,
                  one_representation=model.sharing.one_representation)

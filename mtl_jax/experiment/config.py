@@ -205,10 +205,7 @@ def complete(config: ConfigDict) -> ConfigDict:
       "trunk": sections.complete("config.trunk", found["trunk"], TRUNKS),
       "sharing": sections.complete("config.sharing", found.get("sharing", {"name": "hard"}),
                                    SHARINGS, given=("trunk", "tasks")),
-      "balancer": sections.complete(
-          "config.balancer",
-          _by_task("config.balancer", found.get("balancer", {"name": "equal"}), found["tasks"]),
-          balancing.METHODS),
+      "balancer": _balancer(found.get("balancer", {"name": "equal"}), found["tasks"]),
       "optimizer": _optimizer(found["optimizer"]),
       "penalties": _penalties(found.get("penalties", {})),
       "train": sections.arguments_of("config.train", TrainSection, found["train"]),
@@ -289,6 +286,17 @@ def _task(name: str, found: Mapping[str, Any], streams: Mapping[str, Any]) -> di
   task["head"] = sections.complete(f"{where}.head", found["head"], HEADS, given=("num_outputs",))
   sections.check_sizes(f"{where}.head", task["head"])
   return task
+
+
+def _balancer(found: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
+  where = "config.balancer"
+  found = _by_task(where, found, tasks)
+  name = found.get("name") if isinstance(found, Mapping) else None
+  wrappers = balancing.wrapper_fields(name) if name in balancing.METHODS else ()
+  completed = sections.complete(where, found, balancing.METHODS, also=wrappers)
+  options = sections.arguments_of(where, balancing.wrappers.Options,
+                                  {key: found[key] for key in wrappers if key in found})
+  return {**completed, **{key: options[key] for key in wrappers}}
 
 
 def _by_task(where: str, section: Any, tasks: Mapping[str, Any]) -> Any:

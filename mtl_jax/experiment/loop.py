@@ -261,7 +261,7 @@ def _train_values(experiment: Experiment, logs: dict[str, Any]) -> dict[str, flo
   for name, value in logs["penalties"].items():
     values[f"penalty/{name}"] = float(value)
   values["gradient_norm"] = float(logs["gradient_norm"])
-  if "gramian" in logs:
+  if "gramian" in logs and np.isfinite(logs["gramian"]).all():  # else not looked at
     norms = np.sqrt(np.maximum(np.diag(logs["gramian"]), 0))
     for task, norm in zip(experiment.tasks, norms):
       values[f"{task.name}/gradient_norm"] = float(norm)

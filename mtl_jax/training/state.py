@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_jax.balancing import Balancer
+from mtl_jax.balancing.balancer import init_state
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.randomness import purpose_key
 from mtl_jax.tasks import Task
@@ -62,6 +64,12 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
       params=params,
       model_state=variables,
       opt_state=optimizer.init(params),
-      balancer_state=balancer.init(len(tasks)),
+      balancer_state=init_state(balancer, len(tasks), _stacked(params, model, len(tasks))),
       seed=jnp.asarray(seed, jnp.uint32),
   )
+
+
+def _stacked(params: Any, model: MultiTaskModel, num_tasks: int) -> Any:
+  """Shapes of the tasks' gradients of the shared parameters, leaves [T, ...]."""
+  return unflatten_dict({path: jax.ShapeDtypeStruct((num_tasks, *x.shape), x.dtype)
+                         for path, x in flatten_dict(params).items() if model.owner(path) is None})

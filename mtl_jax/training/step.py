@@ -74,7 +74,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       balancer,
       Signals(losses, active, purpose_key(state.seed, "balancer", state.step)),
       state.balancer_state,
-      Backward(feature_grads, lambda cotangents: pull_features(cotangents)[0],
+      Backward(feature_grads, lambda cotangents: unflatten_dict(pull_features(cotangents)[0]),
                shares_parameters=bool(shared),
                one_stream=len({task.stream for task in tasks}) == 1,
                one_representation=model.sharing.one_representation),
@@ -84,7 +84,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   own_grads = jax.tree.map(jnp.add, head_grads, pull_features(feature_grads)[1])
   own_grads = {path: g * scale[order[owners[path]]].astype(g.dtype)
                for path, g in own_grads.items()}
-  grads = unflatten_dict({**shared_grads, **own_grads})
+  grads = unflatten_dict({**flatten_dict(shared_grads), **own_grads})
 
   penalty_values, penalty_grads = {}, None
   for name, penalty in (penalties or {}).items():
@@ -92,6 +92,12 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     grads = jax.tree.map(jnp.add, grads, penalty_grads)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  new_params = optax.apply_updates(state.params, updates)
+  if balancer.after_step:  # on the same batch, whose statistics are not taken in twice
+    outputs, _ = model.apply({"params": new_params, **state.model_state}, batch, train=True,
+                             mutable=collections, rngs=rngs)
+    balancer_state = balancer.after_step(task_losses(tasks, outputs, batch)[0], active,
+                                         balancer_state)
   logs = {
       "losses": losses,
       "weights": decision.weights,
@@ -105,7 +111,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   }
   if signals.gramian is not None:
     logs["gramian"] = signals.gramian
-  state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
+  state = state.replace(step=state.step + 1, params=new_params,
                         model_state=model_state, opt_state=opt_state,
                         balancer_state=balancer_state)
   return state, logs

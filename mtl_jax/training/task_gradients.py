@@ -68,6 +68,9 @@ def check_engine(engine: str, balancer: Balancer, *, one_stream: bool,
   """Raises ValueError where an engine cannot serve a method."""
   if engine not in ENGINES:
     raise ValueError(f"gradients: expected one of {list(ENGINES)}, found {engine!r}")
+  if engine == "features" and "gradient_state" in balancer.needs:
+    raise ValueError(f"gradients: {balancer.name} keeps gradients of the shared parameters from "
+                     "step to step; use 'exact'")
   if (engine == "features" and "task_grads" in balancer.needs
       and not (one_stream and one_representation)):
     raise ValueError(f"gradients: {balancer.name} returns a direction, which the features engine "
@@ -87,30 +90,45 @@ def balance(balancer: Balancer, signals: Signals, state: Any, backward: Backward
 
   Returns:
     The gradient of the shared parameters, the signals as the balancer saw them, its decision and
-    its new state. With nothing shared the Gramian is zero.
+    its new state. With nothing shared the Gramian is zero; where the balancer was not due to look
+    at gradients it is NaN.
   """
   needs_rows = bool(balancer.needs & {"gramian", "task_grads"})
-  rows = None
-  if needs_rows and backward.shares_parameters:
-    check_engine(engine, balancer, one_stream=backward.one_stream,
-                 one_representation=backward.one_representation)
+  if not needs_rows:
+    decision, state = balancer.update(signals, state)
+    return backward.pull(weigh(backward.feature_grads, decision.weights)), signals, decision, state
+  if not backward.shares_parameters:
+    num_tasks = signals.losses.shape[0]
+    signals = signals._replace(gramian=jnp.zeros((num_tasks, num_tasks)), task_grads={})
+    decision, state = balancer.update(signals, state)
+    return {}, signals, decision, state
+  check_engine(engine, balancer, one_stream=backward.one_stream,
+               one_representation=backward.one_representation)
+
+  def look(signals, state):
     rows = _exact_rows(backward) if engine == "exact" else _feature_rows(backward)
     signals = signals._replace(gramian=gramian_of(rows), task_grads=rows)
-  elif needs_rows:
+    decision, state = balancer.update(signals, state)
+    shared = _combined(backward, engine, rows, decision)
+    return shared, signals._replace(task_grads=None), decision, state
+
+  def keep(signals, state):
     num_tasks = signals.losses.shape[0]
-    signals = signals._replace(gramian=jnp.zeros((num_tasks, num_tasks)),
-                               task_grads=jnp.zeros((num_tasks, 1)))
-
-  decision, state = balancer.update(signals, state)
-
-  if rows is not None and engine == "exact":
-    shared = decision.direction
-    if shared is None:
-      shared = combine(rows, decision.weights)
-  elif rows is not None and decision.direction is not None:
-    first = next(iter(backward.feature_grads))
-    zeros = _only("", backward.feature_grads)
-    shared = backward.pull({**zeros, first: decision.direction})
-  else:
+    signals = signals._replace(gramian=jnp.full((num_tasks, num_tasks), jnp.nan))
+    decision, state = balancer.update(signals, state)
     shared = backward.pull(weigh(backward.feature_grads, decision.weights))
-  return shared, signals, decision, state
+    return shared, signals, decision, state
+
+  if balancer.due is None:
+    return look(signals, state)
+  return jax.lax.cond(balancer.due(state), look, keep, signals, state)
+
+
+def _combined(backward: Backward, engine: str, rows: Any, decision: Decision) -> Any:
+  """The gradient of the shared parameters that a decision about these rows makes."""
+  if engine == "exact":
+    return combine(rows, decision.weights) if decision.direction is None else decision.direction
+  if decision.direction is None:
+    return backward.pull(weigh(backward.feature_grads, decision.weights))
+  first = next(iter(backward.feature_grads))
+  return backward.pull({**_only("", backward.feature_grads), first: decision.direction})

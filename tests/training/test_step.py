@@ -311,3 +311,36 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
     sharding.check_divides(100, sharding.data_mesh())
   with pytest.raises(ValueError, match="found 3; the nearest is 8"):
     sharding.check_divides(3, sharding.data_mesh())
+
+
+@pytest.mark.parametrize("engine", ["exact", "features"])
+def test_amortised_weights_need_no_gradients_in_between(engine):
+  """With `every=2` the second step uses the first one's weights, and sees no Gramian."""
+  state, batch, step, *_ = make(balancer=balancing.get("mgda", every=2), gradients=engine)
+  plain_state, _, plain, *_ = make(balancer=balancing.mgda(), gradients=engine)
+  step = jax.jit(step)
+  first, logs = step(state, batch)
+  _, expected = plain(plain_state, batch)
+  np.testing.assert_allclose(logs["weights"], expected["weights"], atol=1e-6)
+  second, later = step(first, batch)
+  np.testing.assert_array_equal(later["weights"], logs["weights"])
+  assert np.isfinite(logs["gramian"]).all() and np.isnan(later["gramian"]).all()
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(second))
+
+
+def test_losses_after_the_step_are_those_of_the_new_parameters():
+  seen = balancing.Balancer(
+      "seen", lambda num_tasks: jnp.zeros(num_tasks),
+      lambda signals, state: (balancing.Decision(jnp.ones(3)), state),
+      frozenset({"losses", "losses_after_step"}),
+      after_step=lambda losses, active, state: losses)
+  state, batch, step, model, some_tasks = make(
+      balancer=seen, trunk=models.ResNet(blocks=(1,), channels=4), opt=optax.sgd(0.1))
+  new, _ = jax.jit(step)(state, batch)
+  outputs, _ = model.apply({"params": new.params, **state.model_state}, batch, train=True,
+                           mutable=["batch_stats"])
+  np.testing.assert_allclose(new.balancer_state, tasks.task_losses(some_tasks, outputs, batch)[0],
+                             rtol=1e-5)
+  plain = make(trunk=models.ResNet(blocks=(1,), channels=4), opt=optax.sgd(0.1))
+  expected, _ = plain[2](plain[0], batch)
+  assert_close(new.model_state["batch_stats"], expected.model_state["batch_stats"])
