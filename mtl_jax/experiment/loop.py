@@ -51,13 +51,14 @@ def train(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, 
   console = Console(quiet=not first)
   mesh = _mesh(experiment)
   console.data_banner(experiment.data)
-  folder.open(experiment.config.to_dict(), experiment.data)
-  summary = folder.summary()
-  if summary is not None:
-    console.say(f"{folder.path} holds a finished run")
-    console.summary(summary, experiment.tasks)
-    return summary
   with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(folder))
+    folder.open(experiment.config.to_dict(), experiment.data)
+    summary = folder.summary()
+    if summary is not None:
+      console.say(f"{folder.path} holds a finished run")
+      console.summary(summary, experiment.tasks)
+      return summary
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path / "checkpoints")))
     run = _Run(experiment, mesh, folder, checkpoints, console, stack)
     run.to_the_end()

@@ -1,6 +1,7 @@
 """The run folder: config, metrics, summary; what makes it refuse, and what it keeps."""
 
 from collections.abc import Mapping
+import fcntl
 import json
 import math
 import os
@@ -50,12 +51,14 @@ class RunFolder:
   def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
     self.path = pathlib.Path(path).expanduser().resolve()
     self._writes = writes
+    self._lock = None
 
   def open(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Makes the folder, or checks that it belongs to this config and data.
 
     Raises:
-      UserError: for a folder of another config or other data, or one that cannot be written.
+      UserError: for a folder of another config or other data, one that cannot be written, or one
+        in which another process is at work.
     """
     self.check(config, data)
     if not self._writes:
@@ -67,9 +70,19 @@ class RunFolder:
                  json.dumps({"config": plain(config), "data": dict(data)}, indent=2) + "\n")
       elif not os.access(self.path / "config.json", os.W_OK):
         raise PermissionError(13, "Permission denied", str(self.path))
+      self._lock = open(self.path / "config.json", "rb")
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends
+    except BlockingIOError as error:
+      raise UserError(f"run folder {self.path}: expected one run at a time, found another process "
+                      "at work in it") from error
     except OSError as error:
       raise UserError(f"run folder {self.path}: expected a folder that can be written, "
                       f"found: {error.strerror}") from error
+
+  def close(self) -> None:
+    """Lets another process work in the folder."""
+    if self._lock:
+      self._lock.close()
 
   def check(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Raises UserError where the folder belongs to another config or other data."""

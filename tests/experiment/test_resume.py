@@ -1,5 +1,6 @@
 """Interrupted equals uninterrupted, bit for bit."""
 
+import fcntl
 import os
 import signal
 
@@ -162,3 +163,11 @@ def test_eight_devices_give_the_same_metrics_and_each_others_checkpoints(tmp_pat
     monkeypatch.setattr(loop, "data_mesh", lambda n=here: meshes[n])
     found = loop.evaluate(make(), tmp_path / str(there))
     assert found["test"] == pytest.approx(ends[there]["test"], rel=1e-4)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+  loop.train(make(), tmp_path)
+  with open(tmp_path / "config.json", "rb") as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="expected one run at a time"):
+      loop.train(make(), tmp_path)
