@@ -7,6 +7,7 @@
 import argparse
 import logging
 import pathlib
+import shlex
 import signal
 import sys
 import traceback
@@ -33,7 +34,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   arguments = parser.parse_args([text for text in argv if not text.startswith("--config.")])
   if arguments.mode not in MODES:
     parser.error(f"argument --mode: found {arguments.mode!r}")
-  if arguments.workdir is None:
+  if not arguments.workdir:
     path, _, argument = arguments.config.partition(":")
     words = [pathlib.Path(path).stem, *argument.replace("=", "-").split(",")]
     arguments.workdir = pathlib.Path("runs") / "_".join(word for word in words if word)
@@ -51,7 +52,7 @@ def _quiet() -> None:
 
 def main(argv: list[str]) -> int:
   """Runs one command; returns the exit code."""
-  arguments = None
+  arguments, again = None, shlex.join(["python", "launch.py", *argv])
   try:
     arguments = _arguments(argv)
     from mtl_jax.experiment import build, config, loop  # after the flags: jax takes seconds
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     except loop.Interrupted as interruption:
       number = interruption.args[0]
       print(f"stopped by {signal.Signals(number).name} and saved; the same command continues: "
-            f"python launch.py {' '.join(argv)}", file=sys.stderr)
+            f"{again}", file=sys.stderr)
       return 128 + number
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
     print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print("stopped before anything was to be saved", file=sys.stderr)
+    print(f"stopped; the same command continues: {again}", file=sys.stderr)
     return 130
   return 0
 

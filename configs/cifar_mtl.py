@@ -9,8 +9,8 @@ Arguments, separated by commas after the file name:
 
   coarse           adds CIFAR-100's 20 superclasses as a third task on the same images
   resnet18         ResNet-18 with a real training budget, for accelerators: SGD, 200 epochs
-  tasks=A[+B…]     only these tasks: `tasks=cifar10` is the single-task run of the same trunk
-                   and budget
+  tasks=A[+B…]     only these tasks, of cifar10, cifar100 and cifar100_coarse: `tasks=cifar10` is
+                   the single-task run of the same trunk and budget
   independent      one trunk a task, nothing shared
 
 What to expect is in the README: on the bundled sample measured, on CIFAR not yet.
@@ -22,7 +22,7 @@ STREAM_OF = {"cifar10": "cifar10", "cifar100": "cifar100", "cifar100_coarse": "c
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  """The config for an argument string such as "coarse,tasks=cifar10"."""
+  """The config for an argument string such as "coarse,independent"."""
   words, chosen = _parse(arg)
   tasks = chosen or ("cifar10", "cifar100") + (("cifar100_coarse",) if "coarse" in words else ())
 
@@ -70,6 +70,8 @@ def _parse(arg: str) -> tuple[set[str], tuple[str, ...]]:
       raise ValueError("expected coarse, resnet18, independent or tasks=A[+B…], "
                        f"found {word!r}")
   for task in chosen:
-    if task not in STREAM_OF:
-      raise ValueError(f"tasks: expected some of {'+'.join(STREAM_OF)}, found {task!r}")
+    if task not in STREAM_OF or chosen.count(task) > 1:
+      raise ValueError(f"tasks: expected some of {'+'.join(STREAM_OF)}, each once, found {task!r}")
+  if chosen and "coarse" in words:
+    raise ValueError("expected coarse or tasks=…, found both; name cifar100_coarse among the tasks")
   return words, chosen

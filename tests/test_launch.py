@@ -133,3 +133,12 @@ def test_a_full_disk_is_said_and_what_was_there_survives(tmp_path, environment, 
   done = finish(command(tmp_path, "run"), environment)
   assert done.returncode == 0, done.stderr
   assert checksums(folder) == checksums(whole[0])
+
+
+def test_a_disk_that_fills_between_checkpoints_does_not_hang(tmp_path, environment):
+  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+  argv = command(tmp_path, "run", "--config.train.evaluate_every_steps=60")
+  done = finish(argv, environment, preexec_fn=limit)
+  assert done.returncode == 2, done.stderr
+  assert "expected room and permission to write, found: File too large" in done.stderr
+  assert len(done.stderr.strip().splitlines()) <= 3

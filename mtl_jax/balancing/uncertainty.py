@@ -4,12 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from mtl_jax.balancing import hyperparameters
+from mtl_jax.balancing import masked, trained
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals
-
-LIMIT = 30.0  # of |log σ²|: a loss that stays zero would drive the weight to infinity
 
 
 class UncertaintyState(NamedTuple):
@@ -59,27 +56,19 @@ def uncertainty(init: float | jax.Array = 0.0,
     `s` with the network's optimizer and weight decay; here, as in nash-mtl, `s` starts at 0 with
     its own learning rate, and nothing decays it. The bound on `s` is ours.
   """
-  hyperparameters.check_numbers(
-      "uncertainty", "init", init, f"a number in [{-LIMIT:g}, {LIMIT:g}]",
-      lambda array: array.ndim == 0 and abs(array) <= LIMIT)
-  hyperparameters.check_numbers("uncertainty", "learning_rate", learning_rate, "a number above 0",
-                                lambda array: array.ndim == 0 and array > 0)
-  adam = optax.scale_by_adam()
+  trained.check("uncertainty", init, learning_rate)
 
   def init_state(num_tasks: int) -> UncertaintyState:
     log_variance = jnp.full(num_tasks, init, dtype=float)
-    return UncertaintyState(log_variance, jax.vmap(adam.init)(log_variance))
+    return UncertaintyState(log_variance, trained.start(log_variance))
 
   def update(signals: Signals, state: UncertaintyState) -> tuple[Decision, UncertaintyState]:
     log_variance = state.log_variance
-    losses = jnp.where(signals.active, signals.losses, 0).astype(log_variance.dtype)
+    losses = masked.losses_of(signals.losses, signals.active, log_variance.dtype)
     precision = jnp.exp(-log_variance)
     gradient = 0.5 * (1 - losses * precision)
-    with jax.numpy_dtype_promotion("standard"):  # Adam takes a power of its integer count
-      move, moments = jax.vmap(adam.update)(gradient, state.adam)
-    rate = jnp.asarray(learning_rate, log_variance.dtype)
-    stepped = UncertaintyState(jnp.clip(log_variance - rate * move, -LIMIT, LIMIT), moments)
-    state = jax.tree.map(lambda new, old: jnp.where(signals.active, new, old), stepped, state)
+    stepped = trained.descend(log_variance, state.adam, gradient, learning_rate)
+    state = masked.keep(signals.active, UncertaintyState(*stepped), state)
     return Decision(jnp.where(signals.active, 0.5 * precision, 0)), state
 
   return Balancer("uncertainty", init_state, update, frozenset({"losses"}), scale_heads=True,

@@ -8,6 +8,7 @@
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+import zlib
 
 import grain
 import jax
@@ -105,9 +106,10 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, s
     num_threads: that read ahead.
   """
   iterators = {}
-  for i, (stream, examples) in enumerate(streams.items()):
+  for stream, examples in streams.items():
     records = _Records(stream, examples, num_classes[stream])
-    dataset = (grain.MapDataset.source(records).seed(seed * len(streams) + i).shuffle().repeat()
+    order = (seed + zlib.crc32(stream.encode())) % 2 ** 32  # a stream's own, whatever is beside it
+    dataset = (grain.MapDataset.source(records).seed(order).shuffle().repeat()
                [process::num_processes].batch(batch_size // num_processes, drop_remainder=True))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     iterators[stream] = iter(dataset.to_iter_dataset(options))

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -76,7 +77,8 @@ class Experiment:
     """Number of classes of each label that a task reads, by stream."""
     result = {stream: {} for stream in self.sources}
     for task in self.tasks:
-      result[task.stream][task.label] = task.num_outputs
+      known = result[task.stream].get(task.label, task.num_outputs)
+      result[task.stream][task.label] = min(known, task.num_outputs)
     return result
 
   def examples(self, split: str) -> dict[str, Examples]:
@@ -118,8 +120,11 @@ def build(config: ConfigDict) -> Experiment:
             for stream, section in config.data.streams.items()}
   tasks = tuple(_task(name, section, loaded[section["stream"]])
                 for name, section in config.tasks.items())
-  loaded = {stream: _with_validation(source, config)
-            for stream, source in loaded.items() if stream in {task.stream for task in tasks}}
+  unread = set(loaded) - {task.stream for task in tasks}
+  if unread:
+    raise UserError(f"config.data.streams: expected streams that a task reads, found that none reads "
+                    f"{', '.join(sorted(unread))}")
+  loaded = {stream: _with_validation(source, config) for stream, source in loaded.items()}
   longest = max(len(source.splits["train"]) for source in loaded.values())
   batch_size = config.data.batch_size
   steps_per_epoch = max(longest // batch_size, 1)
@@ -128,17 +133,15 @@ def build(config: ConfigDict) -> Experiment:
   if num_steps * batch_size >= 2 ** 32:
     raise UserError(f"config.train: expected fewer than 2**32 examples a stream, found {num_steps} "
                     f"steps of {batch_size}")
-  balancer = sections.make("config.balancer", config.balancer, {
+  arguments = {name: tuple(value[task.name] for task in tasks) if isinstance(value, Mapping) else value
+               for name, value in config.balancer.to_dict().items()}
+  balancer = sections.make("config.balancer", arguments, {
       config.balancer.name: functools.partial(balancing.get, config.balancer.name)})
   model = _model(config, tasks)
   try:
     jax.eval_shape(lambda: init_state(balancer, len(tasks), jnp.zeros((len(tasks), 1))))
-    check_engine(config.train.gradients, balancer,
-                 one_stream=len({task.stream for task in tasks}) == 1,
-                 one_representation=model.sharing.one_representation)
   except ValueError as error:
-    raise UserError(f"config.train.{error}" if str(error).startswith("gradients")
-                    else f"config.balancer: {error}") from error
+    raise UserError(f"config.balancer: {error}") from error
   experiment = Experiment(
       config=config,
       model=model,
@@ -155,8 +158,22 @@ def build(config: ConfigDict) -> Experiment:
       steps_per_epoch=steps_per_epoch,
       evaluate_every=units(config.train, "evaluate_every_", default=steps_per_epoch),
   )
+  if experiment.engine == "grain" and (config.train.steps_per_call or 1) > 1:
+    raise UserError("config.train.steps_per_call: expected 1 or None with data from the host (grain), "
+                    f"found {config.train.steps_per_call}")
   _check_shapes(experiment)
+  if experiment.engine == "resident":  # the grain engine checks as it reads
+    _check_labels(experiment)
   return experiment
+
+
+def _check_labels(experiment: Experiment) -> None:
+  for split in ("train", "validation", "test"):
+    for stream, examples in experiment.examples(split).items():
+      try:
+        streams.check_labels(stream, examples.arrays(), experiment.num_classes[stream])
+      except ValueError as error:
+        raise UserError(f"{split}: {error}") from error
 
 
 def _load(stream: str, name: str, data: ConfigDict) -> Source:
@@ -167,6 +184,10 @@ def _load(stream: str, name: str, data: ConfigDict) -> Source:
     if data.missing == "error" or (data.missing == "auto" and not alone_on_cpu):
       raise
     source = sources.sample(name)
+  for split in ("train", "test"):
+    if not len(source.splits.get(split, ())):
+      raise UserError(f"stream {stream!r}: expected examples to train on and to test on, "
+                      f"found no {split} split")
   for split, examples in source.splits.items():
     image = examples[0]["image"]
     if image.ndim != 3 or image.dtype != np.uint8:
@@ -220,9 +241,17 @@ def _optimizer(section: ConfigDict, num_steps: int,
     arguments["learning_rate"] = sections.make(
         "config.optimizer.schedule", schedule, SCHEDULES, num_steps=num_steps, warmup=warmup,
         learning_rate=arguments["learning_rate"])
-    return optimizer(**arguments)
+    made = optimizer(**arguments)
+    probe = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    jax.eval_shape(lambda: made.update(probe, made.init(probe), probe))
+    return made
   except ValueError as error:
-    raise UserError(f"config.{error}") from error
+    raise UserError(f"config.{error}" if str(error).startswith("optimizer")
+                    else f"config.optimizer: {error}") from error
+  except TypeError as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(f"config.optimizer: expected arguments that optax's {arguments['name']} takes, "
+                    f"found: {reason}") from error
 
 
 def _statistics(source: Source) -> Mapping[str, tuple[float, ...]]:
@@ -232,9 +261,8 @@ def _statistics(source: Source) -> Mapping[str, tuple[float, ...]]:
   return channel_statistics(np.stack([train[int(i)]["image"] for i in chosen]))
 
 
-def _augmentation(setting: str | tuple[str, ...], source: Source) -> tuple[str, ...]:
-  names = tuple(source.augmentation) if setting in ("auto", ("auto",)) else (
-      (setting,) if isinstance(setting, str) else tuple(setting))
+def _augmentation(setting: tuple[str, ...], source: Source) -> tuple[str, ...]:
+  names = tuple(source.augmentation if setting == ("auto",) else setting)
   for name in names:
     if name not in AUGMENTATIONS:
       raise UserError(f"config.data.augmentation: "
@@ -251,11 +279,20 @@ def _engine(setting: str, loaded: Mapping[str, Source]) -> str:
 
 
 def _check_shapes(experiment: Experiment) -> None:
-  """Traces the model once, so that images that do not fit it are known before anything runs."""
+  """Traces the model once, so that what does not fit is known before anything runs."""
   try:
-    jax.eval_shape(lambda: experiment.create_state(0))
+    state = jax.eval_shape(lambda: experiment.create_state(0))
   except (ValueError, TypeError, ZeroDivisionError) as error:
     shapes = {stream: list(examples[0]["image"].shape)
               for stream, examples in experiment.examples("train").items()}
     reason = str(error).split("\n")[0]
     raise UserError(f"config.trunk: {reason} (images are {shapes})") from error
+  model = experiment.model
+  try:
+    check_engine(experiment.config.train.gradients, experiment.balancer,
+                 one_stream=len(experiment.sources) == 1,
+                 one_representation=model.sharing.one_representation,
+                 shares_parameters=any(model.owner(path) is None
+                                       for path in flatten_dict(state.params)))
+  except ValueError as error:
+    raise UserError(f"config.train.{error}") from error

@@ -141,7 +141,8 @@ class Checkpoints:
     if damaged:
       found = "; ".join(f"{step}: {error}" for step, error in damaged)
       raise UserError(f"{self._path}: expected at least one sound checkpoint, found {found}\n"
-                      "remove the run folder to start again")
+                      "if the code or its packages have changed, go back to the run's; else remove "
+                      "the run folder to start again")
     return None
 
   def restore(self, step: int, abstract_state: Any) -> Any:
@@ -163,7 +164,8 @@ class Checkpoints:
       restored = self._manager.restore(step, args=args)
       text, checksum = restored["record"]["text"], restored["record"]["checksum"]
     except Exception as error:  # damage shows in many types
-      raise Damaged(f"cannot be read: {type(error).__name__}") from error
+      reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+      raise Damaged(f"cannot be read: {reason}") from error
     if _checksum(text) != checksum:
       raise Damaged("the record's checksum does not match")
     contents = json.loads(text)

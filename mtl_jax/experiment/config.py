@@ -1,9 +1,12 @@
 """From a config file and command-line overrides to a complete, checked config."""
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
+import math
 import pathlib
 import traceback
 from typing import Any
@@ -16,7 +19,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import sections
 from mtl_jax.models import HEADS, SHARINGS, TRUNKS
 from mtl_jax.tasks import KINDS
-from mtl_jax.training.optimizer import OPTIMIZERS, SCHEDULES, optimizer
+from mtl_jax.training.optimizer import MASKS, OPTIMIZERS, SCHEDULES, optimizer
 from mtl_jax.training.penalties import PENALTIES
 
 SECTIONS = ("seed", "data", "tasks", "trunk", "sharing", "balancer", "optimizer", "penalties",
@@ -36,7 +39,7 @@ class DataSection:
     download: whether missing archives may be downloaded.
     engine: "resident" on the device, "grain" from the host, or "auto" by size.
     validation: fraction of train that becomes validation where a source brings none.
-    augmentation: names, () for none, or "auto" for what suits the source.
+    augmentation: names, () for none, or ("auto",) for what suits the source.
     evaluation_batch_size: examples of each stream; batch_size times 4 when None.
     threads: that read ahead for the grain engine.
   """
@@ -48,7 +51,7 @@ class DataSection:
   download: bool = True
   engine: str = "auto"
   validation: float = 0.1
-  augmentation: str | tuple[str, ...] = "auto"
+  augmentation: tuple[str, ...] = ("auto",)
   evaluation_batch_size: int | None = None
   threads: int = 2
 
@@ -94,11 +97,13 @@ def load(flag: str, overrides: Sequence[str] = ()) -> ConfigDict:
   path, _, argument = flag.partition(":")
   config = _get_config(pathlib.Path(path))(argument)
   if not isinstance(config, ConfigDict):
-    raise UserError(f"{path}: expected get_config to return a ConfigDict, found {config!r}")
+    raise UserError(f"{path}: expected get_config to return a ConfigDict, "
+                    f"found {type(config).__name__}")
   config = ConfigDict(config.to_dict())
   parsed = [_parse(text) for text in overrides]
-  for fields, _ in parsed:
+  for fields, value in parsed:
     _clear_other_units(config, fields, [other for other, _ in parsed])
+    _clear_other_arguments(config, fields, value)
   for fields, value in parsed:
     _set(config, fields, value)
   return config
@@ -111,21 +116,33 @@ def _get_config(path: pathlib.Path):
   if spec is None:
     raise UserError(f"--config: expected a Python file with get_config(arg), found {path}")
   module = importlib.util.module_from_spec(spec)
-  try:
+  with _one_line(path):
     spec.loader.exec_module(module)
-  except Exception as error:  # whatever a user's file may raise, in one line
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path.resolve())]
-    line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
-    raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
   if not callable(getattr(module, "get_config", None)):
     raise UserError(f"{path}: expected a function get_config(arg), found none")
 
   def get_config(argument: str) -> Any:
-    try:
-      return module.get_config(argument)
-    except ValueError as error:
-      raise UserError(f"{path}:{argument}: {error}") from error
+    with _one_line(path):
+      try:
+        return module.get_config(argument)
+      except ValueError as error:
+        raise UserError(f"{path}:{argument}: {error}") from error
   return get_config
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+  """Tells in one line whatever a user's file may raise."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename == str(path.resolve())]
+    line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+    where = f"{path}, line {line}" if line else f"{path}"
+    raise UserError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def _parse(text: str) -> tuple[tuple[str, ...], str]:
@@ -153,6 +170,23 @@ def _clear_other_units(config: ConfigDict, fields: tuple[str, ...],
     sibling = last.removesuffix(unit) + other
     if sibling in section and (*parents, sibling) not in overridden:
       del section[sibling]
+
+
+def _clear_other_arguments(config: ConfigDict, fields: tuple[str, ...], name: str) -> None:
+  """Another name on the command line drops the file's arguments that only the old one takes."""
+  tables = {"trunk": TRUNKS, "sharing": SHARINGS, "balancer": balancing.METHODS,
+            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "head": HEADS}
+  table = tables.get(fields[-2]) if len(fields) > 1 and fields[-1] == "name" else None
+  section = config
+  for parent in fields[:-1]:
+    section = section.get(parent) if isinstance(section, ConfigDict) else None
+  if table is None or name not in table or not isinstance(section, ConfigDict):
+    return
+  if section.get("name") in table:
+    old, new = (inspect.signature(table[key]).parameters for key in (section.name, name))
+    for argument in set(old) - set(new):
+      if argument in section:
+        del section[argument]
 
 
 def _set(config: ConfigDict, fields: tuple[str, ...], text: str) -> None:
@@ -244,7 +278,7 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
 def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:
   where = "config.optimizer"
   ours = sections.arguments_of(where, optimizer, {}, given=("learning_rate",))
-  completed = sections.complete(where, found, OPTIMIZERS, given=("learning_rate",),
+  completed = sections.complete(where, found, OPTIMIZERS, given=("learning_rate", *MASKS),
                                 also=("learning_rate", "schedule", *ours))
   completed |= sections.arguments_of(where, optimizer,
                                      {key: found[key] for key in ours if key in found})
@@ -253,7 +287,7 @@ def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:
   if completed["learning_rate"] is None or not completed["learning_rate"] > 0:
     raise UserError(f"{where}.learning_rate: expected a number > 0, "
                     f"found {completed['learning_rate']!r}")
-  schedule = dict(found.get("schedule") or {"name": "constant"})
+  schedule = found.get("schedule") or {"name": "constant"}
   warmups = [f"warmup_{unit}" for unit in UNITS]
   schedule = sections.complete(f"{where}.schedule", schedule, SCHEDULES,
                                given=("learning_rate", "num_steps", "warmup"), also=warmups)
@@ -263,7 +297,9 @@ def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:
   return {**completed, "schedule": schedule}
 
 
-def _penalties(found: Mapping[str, Any]) -> dict[str, float]:
+def _penalties(found: Any) -> dict[str, float]:
+  if not isinstance(found, Mapping):
+    raise UserError(f"config.penalties: expected fields {', '.join(PENALTIES)}, found {found!r}")
   for name, strength in found.items():
     if name not in PENALTIES:
       raise UserError(f"config.penalties.{name}: no such field; "
@@ -290,16 +326,18 @@ def _task(name: str, found: Mapping[str, Any], streams: Mapping[str, Any]) -> di
 
 def _balancer(found: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
   where = "config.balancer"
-  found = _by_task(where, found, tasks)
+  as_tuples = _as_tuples(where, found, tasks)
   name = found.get("name") if isinstance(found, Mapping) else None
   wrappers = balancing.wrapper_fields(name) if name in balancing.METHODS else ()
-  completed = sections.complete(where, found, balancing.METHODS, also=wrappers)
+  completed = sections.complete(where, as_tuples, balancing.METHODS, also=wrappers)
   options = sections.arguments_of(where, balancing.wrappers.Options,
                                   {key: found[key] for key in wrappers if key in found})
-  return {**completed, **{key: options[key] for key in wrappers}}
+  by_task = {key: dict(zip(tasks, completed[key])) for key, value in found.items()
+             if isinstance(value, Mapping)}
+  return {**completed, **by_task, **{key: options[key] for key in wrappers}}
 
 
-def _by_task(where: str, section: Any, tasks: Mapping[str, Any]) -> Any:
+def _as_tuples(where: str, section: Any, tasks: Mapping[str, Any]) -> Any:
   """A section with every `{task: value}` among its arguments as a tuple in the tasks' order."""
   if not isinstance(section, Mapping):
     return section
@@ -320,8 +358,10 @@ def _check_one_unit(where: str, section: Mapping[str, Any], prefix: str, needed:
     raise UserError(f"{where}: expected exactly one of {names}; "
                     f"found {' and '.join(present) or 'none'}")
   for name in present:
-    if section[name] < 0 or (section[name] == 0 and prefix != "warmup_"):
-      raise UserError(f"{where}.{name}: expected a number > 0, found {section[name]!r}")
+    may_be_zero = prefix == "warmup_"
+    if section[name] < 0 or (section[name] == 0 and not may_be_zero):
+      raise UserError(f"{where}.{name}: expected a number {'>=' if may_be_zero else '>'} 0, "
+                      f"found {section[name]!r}")
 
 
 def duration_steps(section: Mapping[str, Any], prefix: str, *, batch_size: int,
@@ -333,8 +373,10 @@ def duration_steps(section: Mapping[str, Any], prefix: str, *, batch_size: int,
   >>> duration_steps({"examples": 9}, "", batch_size=4, steps_per_epoch=10, default=0)
   3
   """
-  for unit, factor in (("steps", 1), ("epochs", steps_per_epoch), ("examples", 1 / batch_size)):
+  in_steps = {"steps": round, "epochs": lambda value: round(value * steps_per_epoch),
+              "examples": lambda value: math.ceil(value / batch_size)}
+  for unit, convert in in_steps.items():
     value = section.get(prefix + unit)
     if value is not None:
-      return max(round(value * factor + (0.499 if unit == "examples" else 0)), 1 if value else 0)
+      return max(convert(value), 1 if value else 0)
   return default

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtl_jax.data import streams
+from mtl_jax.errors import UserError
 from mtl_jax.experiment.build import Experiment
 from mtl_jax.tasks import compute_metrics, merge_metrics
 from mtl_jax.training.sharding import sharded_eval, split
@@ -22,11 +23,15 @@ def evaluator(experiment: Experiment, mesh: Mesh) -> Callable[[Any, str], dict[s
 
   def evaluate(state: Any, name: str) -> dict[str, float]:
     total = None
-    for batch in streams.evaluation_batches(
+    batches = streams.evaluation_batches(
         experiment.examples(name), batch_size, num_classes=experiment.num_classes,
-        process=jax.process_index(), num_processes=jax.process_count()):
-      states = step(state, on_devices(batch, mesh))
-      total = states if total is None else merge(total, states)
+        process=jax.process_index(), num_processes=jax.process_count())
+    try:
+      for batch in batches:
+        states = step(state, on_devices(batch, mesh))
+        total = states if total is None else merge(total, states)
+    except ValueError as error:  # a label out of range
+      raise UserError(f"{name}: {error}") from error
     return compute_metrics(experiment.tasks, jax.device_get(total))
   return evaluate
 

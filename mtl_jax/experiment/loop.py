@@ -1,12 +1,11 @@
 """The run: evaluate → save → next batch → step → log, in this order, whatever happens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import importlib.metadata
 import math
 import os
-import pathlib
 import platform
 import signal
 import time
@@ -21,6 +20,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment.build import Experiment
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.console import Console
+from mtl_jax.experiment.events import EventFile
 from mtl_jax.experiment.evaluation import evaluator, on_devices, score
 from mtl_jax.experiment.run_folder import MetricsFile, RunFolder, without_nan
 from mtl_jax.tasks import compute_metrics
@@ -61,8 +61,9 @@ def train(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, 
       return summary
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path / "checkpoints")))
     run = _Run(experiment, mesh, folder, checkpoints, console, stack)
-    run.to_the_end()
-    summary = run.finish()
+    with _stop_signals() as stop, _memory_errors():
+      run.to_the_end(stop)
+      summary = run.finish()
   console.summary(summary, experiment.tasks)
   console.say(f"run folder: {folder.path}")
   return summary
@@ -75,7 +76,8 @@ def evaluate(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[st
     `{"validation": …, "test": …}`.
 
   Raises:
-    UserError: where there is no finished run of this config and data.
+    UserError: where there is no finished run of this config and data, or its numbers are not
+      reproduced.
   """
   folder = RunFolder(workdir, writes=False)
   console = Console(quiet=jax.process_index() != 0)
@@ -96,9 +98,10 @@ def evaluate(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[st
   differ = [f"{split} {name}: {value!r} here, {summary[split][name]!r} in summary.json"
             for split, values in found.items() for name, value in values.items()
             if value != summary[split][name]]
-  for line in differ:
-    console.warn(line)
-  console.say("reproduced exactly" if not differ else f"{len(differ)} numbers differ")
+  if differ:
+    raise UserError(f"{len(differ)} numbers differ from those of the run, such as {differ[0]}\n"
+                    "they are the same only with the run's devices and package versions")
+  console.say("reproduced exactly")
   return found
 
 
@@ -145,50 +148,55 @@ class _Run:
       console.say(f"continuing from step {self._step}")
     self._saved_step = self._step
     self._started = time.perf_counter() - self._record["wall_seconds"]
-    self._logged_at = (self._step, time.perf_counter())
+    self._called_at = time.perf_counter()
     writes = jax.process_index() == 0
     self._metrics = stack.enter_context(contextlib.closing(MetricsFile(
         folder.path / "metrics.jsonl", self._record["metrics_bytes"], writes=writes)))
     self._events = stack.enter_context(contextlib.closing(
-        _events(folder.path, self._step))) if writes else None
+        EventFile(folder.path, self._step + 1))) if writes else None
     self._evaluate = evaluator(experiment, mesh)
     self._steps = _stepper(experiment, mesh, self._step, stack)
 
-  def to_the_end(self) -> None:
-    """Trains, evaluates and saves until the last step is done."""
+  def to_the_end(self, stop: Sequence[int]) -> None:
+    """Trains, evaluates and saves until the last step is done, or `stop` holds a signal."""
     experiment, total = self._experiment, self._experiment.num_steps
+    per_call = _steps_per_call(experiment)
     self._console.start_progress(self._step, total)
     try:
-      with _stop_signals() as stop:
-        while self._step < total:
-          event = min((self._step // experiment.evaluate_every + 1) * experiment.evaluate_every,
-                      total)
-          per_call = _steps_per_call(experiment)
-          count = min((self._step // per_call + 1) * per_call, event) - self._step
-          self._state, logs = self._steps(self._state, count)
-          self._log(jax.device_get(logs), count)
-          if self._step == event:
-            self._validate()
-          if self._step == event or stop:
-            self._save()
-          if stop:
-            self._checkpoints.wait()
-            raise Interrupted(stop[0])
-        self._checkpoints.wait()
+      while self._step < total:
+        event = min((self._step // experiment.evaluate_every + 1) * experiment.evaluate_every,
+                    total)
+        count = min((self._step // per_call + 1) * per_call, event) - self._step
+        self._state, logs = self._steps(self._state, count)
+        self._log(jax.device_get(logs), count)
+        if self._step == event:
+          self._validate()
+        if self._step == event or stop:
+          self._save()
+        if stop:
+          self._checkpoints.wait()
+          raise Interrupted(stop[0])
+      self._checkpoints.wait()
     finally:
       self._console.stop_progress()
 
   def finish(self) -> dict[str, Any]:
     """Reads the test split, once, with the best checkpoint, and writes the summary."""
     experiment, best = self._experiment, self._record["best_step"]
-    state = self._checkpoints.restore(best, _abstract_state(experiment, self._mesh))
+    validation, abstract = self._record["best_metrics"], _abstract_state(experiment, self._mesh)
+    try:
+      state = self._checkpoints.restore(best, abstract)
+    except UserError as error:
+      best, state, _ = self._checkpoints.restore_latest(abstract, self._console.warn)
+      self._console.warn(f"{error}\nusing checkpoint {best}, the newest sound one, in its place")
+      validation = self._evaluate(state, "validation")
     test = self._evaluate(state, "test")
     self._write({**self._header(best, "test"), **test})
     self._metrics.flush()
     summary = without_nan({
         "data": experiment.data,
         "test": test,
-        "validation": self._record["best_metrics"],
+        "validation": validation,
         "best_step": best,
         "steps": self._step,
         "wall_seconds": round(time.perf_counter() - self._started, 1),
@@ -205,13 +213,16 @@ class _Run:
   def _write(self, record: dict[str, Any]) -> None:
     self._metrics.write(record)
     if self._events:
-      for name, value in record.items():
-        if isinstance(value, float) and name != "epoch":
-          self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+      self._events.write(record["step"], {
+          f"{record['split']}/{name}": value for name, value in record.items()
+          if isinstance(value, float) and name != "epoch"})
 
   def _log(self, logs: dict[str, Any], count: int) -> None:
     """Writes the records of the steps just done, and stops a run that diverged."""
     every = self._experiment.config.train.log_every_steps
+    examples = count * self._experiment.config.data.batch_size * len(self._experiment.sources)
+    now = time.perf_counter()
+    rate, self._called_at = examples / (now - self._called_at), now
     losses = {}
     for i in range(count):
       self._step += 1
@@ -219,11 +230,9 @@ class _Run:
       self._check_finite(step_logs)
       losses = dict(zip((task.name for task in self._experiment.tasks), step_logs["losses"]))
       if self._step % every == 0:
-        (since, then), now = self._logged_at, time.perf_counter()
-        self._logged_at = (self._step, now)
-        examples = self._experiment.config.data.batch_size * len(self._experiment.sources)
-        self._write({**self._header(self._step, "train"), **_train_values(self._experiment, step_logs),
-                     "examples_per_second": round((self._step - since) * examples / (now - then), 1)})
+        self._write({**self._header(self._step, "train"),
+                     **_train_values(self._experiment, step_logs),
+                     "examples_per_second": round(rate, 1)})
     self._console.advance(self._step, losses)
 
   def _check_finite(self, logs: dict[str, Any]) -> None:
@@ -246,13 +255,13 @@ class _Run:
       self._record |= {"best_step": self._step, "best_score": value, "best_metrics": metrics}
     self._write(record)
     self._console.evaluation(record, self._experiment.tasks, is_best)
-    self._logged_at = (self._step, time.perf_counter())
 
   def _save(self) -> None:
     self._record |= {"metrics_bytes": self._metrics.flush(),
                      "wall_seconds": time.perf_counter() - self._started}
     self._checkpoints.save(self._step, self._state, self._record, self._record["best_step"])
     self._saved_step = self._step
+    self._called_at = time.perf_counter()
 
 
 def _train_values(experiment: Experiment, logs: dict[str, Any]) -> dict[str, float]:
@@ -286,8 +295,6 @@ def _stepper(experiment: Experiment, mesh: Mesh, start: int,
   train = experiment.examples("train")
   if experiment.engine == "resident":
     columns = {stream: dict(examples.arrays()) for stream, examples in train.items()}
-    for stream, classes in experiment.num_classes.items():
-      _check_labels(stream, columns[stream], classes)
     columns = jax.device_put(columns, replicated(mesh))
     batch_at = lambda columns, seed, step: streams.resident_batch(
         columns, data.batch_size, seed, step)
@@ -312,16 +319,17 @@ def _stepper(experiment: Experiment, mesh: Mesh, start: int,
   return one
 
 
-def _check_labels(stream: str, columns: dict[str, np.ndarray], classes: dict[str, int]) -> None:
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+  """Turns a device that runs out of memory into a UserError."""
   try:
-    streams.check_labels(stream, columns, classes)
-  except ValueError as error:
-    raise UserError(str(error)) from error
-
-
-def _events(path: pathlib.Path, step: int) -> Any:
-  from tensorboardX import SummaryWriter
-  return SummaryWriter(str(path), purge_step=step + 1)
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error) and "ut of memory" not in str(error):
+      raise
+    raise UserError(f"the device ran out of memory: {str(error).splitlines()[0][:160]}\n"
+                    "a smaller config.data.batch_size or config.trunk, or config.data.engine=grain, "
+                    "may help") from error
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The run folder: config, metrics, summary; what makes it refuse, and what it keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import fcntl
 import json
 import math
@@ -31,14 +32,27 @@ def _differences(old: Any, new: Any, where: str) -> list[str]:
   return [] if old == new else [f"{where}: {old!r} there, {new!r} here"]
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """Turns what the disk refuses into a UserError that names the file."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"{path}: expected room and permission to write, found: {error.strerror}\n"
+                    "what is there is kept; make room and launch again to continue") from error
+
+
 def _written(path: pathlib.Path, text: str) -> None:
   """Writes a whole file or nothing."""
   temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with open(temporary, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -93,6 +107,9 @@ class RunFolder:
     except (OSError, ValueError) as error:
       raise UserError(f"{self.path / 'config.json'}: expected the config of a run, "
                       f"found: {error}") from error
+    if not isinstance(old, dict):
+      raise UserError(f"{self.path / 'config.json'}: expected the config of a run, "
+                      f"found {type(old).__name__}")
     lines = _differences(old.get("config"), plain(config), "config")
     lines += _differences(old.get("data"), dict(data), "data")
     if lines:
@@ -113,36 +130,42 @@ class RunFolder:
   def write_summary(self, summary: Mapping[str, Any]) -> None:
     """Writes the final numbers."""
     if self._writes:
-      _written(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+      path = self.path / "summary.json"
+      with writing(path):
+        _written(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 class MetricsFile:
   """`metrics.jsonl`: one record a line, which a resumed run cuts back to its checkpoint."""
 
   def __init__(self, path: pathlib.Path, keep_bytes: int, *, writes: bool = True):
-    self._file = None
+    self._path, self._file = path, None
     if writes:
       size = path.stat().st_size if path.exists() else 0
       if size < keep_bytes:
         raise UserError(f"{path}: expected at least the {keep_bytes} bytes that the checkpoint "
                         f"knows of, found {size}; it was cut or replaced")
-      self._file = open(path, "ab")
-      self._file.truncate(keep_bytes)
+      with writing(path):
+        self._file = open(path, "ab")
+        self._file.truncate(keep_bytes)
 
   def write(self, record: Mapping[str, Any]) -> None:
     """Appends one record; numbers that are not finite become null, so that every line is JSON."""
     if self._file:
-      self._file.write((json.dumps(without_nan(record), allow_nan=False) + "\n").encode())
+      with writing(self._path):
+        self._file.write((json.dumps(without_nan(record), allow_nan=False) + "\n").encode())
 
   def flush(self) -> int:
     """Makes all records safe on disk and returns their size in bytes."""
     if not self._file:
       return 0
-    self._file.flush()
-    os.fsync(self._file.fileno())
-    return self._file.tell()
+    with writing(self._path):
+      self._file.flush()
+      os.fsync(self._file.fileno())
+      return self._file.tell()
 
   def close(self) -> None:
     """Closes the file."""
     if self._file:
-      self._file.close()
+      with contextlib.suppress(OSError):  # what was to be kept has been flushed
+        self._file.close()

@@ -7,6 +7,7 @@ run folder records every value, and whatever does not fit is an error that names
 from collections.abc import Callable, Mapping, Sequence
 import difflib
 import inspect
+import math
 import types
 import typing
 from typing import Any
@@ -18,6 +19,8 @@ _NOT_ARGUMENTS = ("self", "parent", "name")  # linen's own fields among them
 
 def nearest(found: str, known: Sequence[str]) -> str:
   """The known names closest to what was found, in words."""
+  if not known:
+    return "it takes none"
   close = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
   hint = f"; did you mean {' or '.join(close)}?" if close else ""
   return f"expected one of {', '.join(known)}{hint}"
@@ -122,10 +125,11 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     return value, value is None
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
   if hint is int:
-    whole = is_number and float(value).is_integer()
+    whole = is_number and math.isfinite(value) and float(value).is_integer()
     return (int(value), True) if whole else (value, False)
   if hint is float:
-    return (float(value), True) if is_number else (value, False)
+    fits = is_number and math.isfinite(value)
+    return (float(value), True) if fits else (value, False)
   if hint in (str, bool):
     return value, isinstance(value, hint)
   return value, True
@@ -136,7 +140,12 @@ def _words(hint: Any) -> str:
            type(None): "None"}
   if typing.get_origin(hint) in (typing.Union, types.UnionType):
     return " or ".join(dict.fromkeys(_words(option) for option in typing.get_args(hint)))
-  return names.get(hint) or f"a value like {hint}".replace("collections.abc.", "")
+  origin = typing.get_origin(hint)
+  if origin is not None and issubclass(origin, Mapping):
+    return "a section"
+  if origin is not None and issubclass(origin, Sequence):
+    return f"{_words(typing.get_args(hint)[0]).removeprefix('a ')}s, separated by commas"
+  return names.get(hint) or f"a value like {getattr(hint, '__name__', hint)}"
 
 
 def check_sizes(where: str, arguments: Mapping[str, Any]) -> None:

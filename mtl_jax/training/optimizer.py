@@ -12,6 +12,8 @@ OPTIMIZERS = {name: getattr(optax, name) for name in (
     "adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "adan", "lamb",
     "lars", "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "sgd", "yogi")}
 
+MASKS = ("mask", "weight_decay_mask")  # arguments that hold which parameters are decayed
+
 
 def constant(learning_rate: float, num_steps: int, *, warmup: int = 0) -> optax.Schedule:
   """One learning rate, reached by a linear warm-up of `warmup` steps."""
@@ -22,6 +24,8 @@ def constant(learning_rate: float, num_steps: int, *, warmup: int = 0) -> optax.
 def cosine(learning_rate: float, num_steps: int, *, warmup: int = 0,
            final: float = 0.0) -> optax.Schedule:
   """Linear warm-up, then half a cosine down to `final` times the peak at the last step."""
+  if not 0 <= final <= 1:
+    raise ValueError(f"final: expected a fraction of the peak, found {final}")
   decay = optax.cosine_decay_schedule(learning_rate, max(num_steps - warmup, 1), alpha=final)
   return _after_warmup(learning_rate, warmup, decay)
 
@@ -34,14 +38,14 @@ def steps(learning_rate: float, num_steps: int, *, warmup: int = 0,
   >>> [round(float(schedule(i)), 3) for i in (0, 49, 51, 76)]
   [1.0, 1.0, 0.1, 0.01]
   """
+  if not all(0 < fraction < 1 for fraction in at):
+    raise ValueError(f"at: expected fractions of the run between 0 and 1, found {at}")
   boundaries = {round(fraction * num_steps) - warmup: factor for fraction in at}
   return _after_warmup(learning_rate, warmup,
                        optax.piecewise_constant_schedule(learning_rate, boundaries))
 
 
 def _after_warmup(peak: float, warmup: int, schedule: optax.Schedule) -> optax.Schedule:
-  if warmup < 0:
-    raise ValueError(f"warmup: expected 0 or more steps, found {warmup}")
   if not warmup:
     return schedule
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
@@ -76,7 +80,7 @@ def optimizer(name: str, learning_rate: float | optax.Schedule, *, clip_norm: fl
     raise ValueError(f"optimizer: clip_norm: expected > 0 or None, found {clip_norm}")
   factory = OPTIMIZERS[name]
   accepted = inspect.signature(factory).parameters
-  mask = next((m for m in ("mask", "weight_decay_mask") if m in accepted), None)
+  mask = next((m for m in MASKS if m in accepted), None)
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   if "weight_decay" in accepted and mask:
     kwargs[mask] = decays

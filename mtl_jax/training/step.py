@@ -69,6 +69,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   losses, pull_losses, (active, metrics, model_state) = jax.vjp(
       losses_of, owned, features, has_aux=True)
   head_grads, feature_grads = pull_losses(jnp.ones_like(losses))
+  feature_grads = {task.name: feature_grads[task.name] for task in tasks}  # jax sorts dicts
 
   shared_grads, signals, decision, balancer_state = balance(
       balancer,

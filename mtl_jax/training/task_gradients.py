@@ -63,11 +63,13 @@ def _feature_rows(backward: Backward) -> Any:
   return jnp.stack([g if backward.one_stream else g.sum(axis=0) for g in grads])
 
 
-def check_engine(engine: str, balancer: Balancer, *, one_stream: bool,
-                 one_representation: bool) -> None:
+def check_engine(engine: str, balancer: Balancer, *, one_stream: bool, one_representation: bool,
+                 shares_parameters: bool = True) -> None:
   """Raises ValueError where an engine cannot serve a method."""
   if engine not in ENGINES:
     raise ValueError(f"gradients: expected one of {list(ENGINES)}, found {engine!r}")
+  if not shares_parameters:
+    return
   if engine == "features" and "gradient_state" in balancer.needs:
     raise ValueError(f"gradients: {balancer.name} keeps gradients of the shared parameters from "
                      "step to step; use 'exact'")
@@ -93,24 +95,27 @@ def balance(balancer: Balancer, signals: Signals, state: Any, backward: Backward
     its new state. With nothing shared the Gramian is zero; where the balancer was not due to look
     at gradients it is NaN.
   """
+  check_engine(engine, balancer, one_stream=backward.one_stream,
+               one_representation=backward.one_representation,
+               shares_parameters=backward.shares_parameters)
   needs_rows = bool(balancer.needs & {"gramian", "task_grads"})
   if not needs_rows:
     decision, state = balancer.update(signals, state)
     return backward.pull(weigh(backward.feature_grads, decision.weights)), signals, decision, state
   if not backward.shares_parameters:
     num_tasks = signals.losses.shape[0]
-    signals = signals._replace(gramian=jnp.zeros((num_tasks, num_tasks)), task_grads={})
-    decision, state = balancer.update(signals, state)
+    if "gramian" in balancer.needs:
+      signals = signals._replace(gramian=jnp.zeros((num_tasks, num_tasks)))
+    decision, state = balancer.update(signals._replace(task_grads={}), state)
     return {}, signals, decision, state
-  check_engine(engine, balancer, one_stream=backward.one_stream,
-               one_representation=backward.one_representation)
 
   def look(signals, state):
     rows = _exact_rows(backward) if engine == "exact" else _feature_rows(backward)
-    signals = signals._replace(gramian=gramian_of(rows), task_grads=rows)
-    decision, state = balancer.update(signals, state)
-    shared = _combined(backward, engine, rows, decision)
-    return shared, signals._replace(task_grads=None), decision, state
+    if "gramian" in balancer.needs:
+      signals = signals._replace(gramian=gramian_of(rows))
+    decision, state = balancer.update(
+        signals._replace(task_grads=rows) if "task_grads" in balancer.needs else signals, state)
+    return _combined(backward, engine, rows, decision), signals, decision, state
 
   def keep(signals, state):
     num_tasks = signals.losses.shape[0]

@@ -33,19 +33,20 @@ def data_files(checkpoint):
 
 
 def truncate(checkpoint):
-  file = data_files(checkpoint)[-1]
-  file.write_bytes(file.read_bytes()[:-40])
+  for file in data_files(checkpoint):  # which of them is read depends on Orbax's version
+    file.write_bytes(file.read_bytes()[:-40])
 
 
 def flip_a_byte(checkpoint):
-  file = data_files(checkpoint)[-1]
-  content = bytearray(file.read_bytes())
-  content[len(content) // 2] ^= 1
-  file.write_bytes(content)
+  for file in data_files(checkpoint):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def lose_a_file(checkpoint):
-  data_files(checkpoint)[-1].unlink()
+  for file in data_files(checkpoint):
+    file.unlink()
 
 
 def lose_the_state(checkpoint):

@@ -1,5 +1,6 @@
 """What users get wrong: exit code 2, at most three lines, no traceback, nothing lost."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -29,10 +30,30 @@ MISTAKES = [
     (["--config=empty.py"], "empty.py: expected a function get_config(arg), found none"),
     (["--config=broken.py"], "broken.py, line 2: NameError: name 'nothing' is not defined"),
     (["--config=syntax.py"], "syntax.py, line 1: SyntaxError"),
-    (["--config=wrong.py"], "expected get_config to return a ConfigDict, found 3"),
+    (["--config=wrong.py"], "expected get_config to return a ConfigDict, found int"),
+    (["--config=old.py"], "old.py: TypeError: get_config() takes 0 positional arguments"),
+    (["--config=exits.py"], "exits.py, line 2: SystemExit"),
+    (["--config=keyed.py"], "keyed.py, line 2: KeyError"),
+    ([CONFIG + ":coarse,tasks=cifar10"], "expected coarse or tasks=…, found both"),
+    ([CONFIG + ":tasks=cifar10+cifar10"], "each once, found 'cifar10'"),
+    ([CONFIG, "--config.optimizer.b1=abc"], "config.optimizer: expected arguments that optax's adam"),
+    ([CONFIG, "--config.optimizer.name=sgd", "--config.optimizer.momentum=x"], "optax's sgd takes"),
+    ([CONFIG, "--config.optimizer.schedule.final=-3"], "final: expected a fraction of the peak"),
+    ([CONFIG, "--config.optimizer.schedule.name=steps", "--config.optimizer.schedule.at=50,75"],
+     "at: expected fractions of the run between 0 and 1, found (50.0, 75.0)"),
+    ([CONFIG, "--config.optimizer.learning_rate=1e999"], "learning_rate: expected a number"),
+    ([CONFIG, "--config.optimizer.schedule.warmup_epochs=-1"], "expected a number >= 0"),
+    ([CONFIG, "--config.penalties=3"], "config.penalties: expected fields l1, l2, found 3"),
+    ([CONFIG, "--config.tasks.cifar10.head.name=mlp", "--config.tasks.cifar10.head.dropout=2"],
+     "mlp: dropout: expected a rate in [0, 1), found 2.0"),
+    ([CONFIG, "--config.sharing.trunk=3"], "config.sharing.trunk: no such field; it takes none"),
+    ([CONFIG, "--config.trunk.channels=a,b"], "expected whole numbers, separated by commas"),
+    ([CONFIG, "--config.data.engine=grain", "--config.train.steps_per_call=2"],
+     "config.train.steps_per_call: expected 1 or None with data from the host"),
+    ([CONFIG, "--config.data.streams.more.name=cifar10"], "found that none reads more"),
     ([CONFIG + ":nonsense"], "expected coarse, resnet18, independent or tasks=A[+B…], "
                              "found 'nonsense'"),
-    ([CONFIG + ":tasks=cifar11"], "tasks: expected some of cifar10+cifar100+cifar100_coarse, "
+    ([CONFIG + ":tasks=cifar11"], "tasks: expected some of cifar10+cifar100+cifar100_coarse, each once, "
                                   "found 'cifar11'"),
     ([CONFIG, "--config.optimzer.name=adam"], "config.optimzer: no such field; expected one of "),
     ([CONFIG, "--config.optimzer.name=adam"], "did you mean optimizer?"),
@@ -95,7 +116,10 @@ def here(tmp_path, monkeypatch):
   """A working directory with some broken config files."""
   monkeypatch.chdir(tmp_path)
   for name, text in (("empty.py", ""), ("broken.py", "x = 1\nnothing\n"), ("syntax.py", "def (\n"),
-                     ("wrong.py", "def get_config(arg):\n  return 3\n")):
+                     ("wrong.py", "def get_config(arg):\n  return 3\n"),
+                     ("old.py", "def get_config():\n  return 3\n"),
+                     ("exits.py", "def get_config(arg):\n  raise SystemExit(0)\n"),
+                     ("keyed.py", "def get_config(arg):\n  return {}[arg]\n")):
     (tmp_path / name).write_text(text)
   # The real mesh: eight devices.
   from mtl_jax.experiment import loop
@@ -191,3 +215,53 @@ def test_a_real_process_prints_no_traceback(here):
   assert done.returncode == 2
   assert done.stderr.startswith("error: config.optimzer: no such field")
   assert len(done.stderr.strip().splitlines()) <= 3
+
+
+def test_a_bad_label_in_any_split_is_known_before_training(here, capsys, monkeypatch):
+  source = tiny_source("cifar10")
+  bad = {**source.splits["test"].columns, "label": source.splits["test"].columns["label"] + 3}
+  changed = dataclasses.replace(source, splits={**source.splits, "test": ArrayExamples(bad)})
+  monkeypatch.setitem(sources.SOURCES, "cifar10", lambda dir, download=True: changed)
+  argv = [CONFIG + ":tasks=cifar10", "--workdir=run", "--config.train.steps=2",
+          "--config.data.batch_size=8"]
+  assert_told(capsys, argv, "test: stream 'cifar10': label: expected labels 0 … 3")
+  assert not (here / "run").exists()
+  assert_told(capsys, [*argv, "--config.data.engine=grain"], "test: stream 'cifar10': label:")
+  without = dataclasses.replace(source, splits={"train": source.splits["train"]})
+  monkeypatch.setitem(sources.SOURCES, "cifar10", lambda dir, download=True: without)
+  assert_told(capsys, argv, "found no test split")
+
+
+def test_another_name_drops_what_only_the_old_one_takes(here):
+  from mtl_jax.experiment import config
+  flag = CONFIG.removeprefix("--config=") + ":resnet18"
+  found = config.complete(config.load(flag, ["--config.optimizer.name=adam",
+                                             "--config.optimizer.schedule.name=constant"]))
+  assert found.optimizer.name == "adam" and "momentum" not in found.optimizer
+  assert found.optimizer.weight_decay == 5e-4 and found.optimizer.schedule.warmup_epochs == 5
+
+
+def test_weights_by_task_reach_their_tasks(here):
+  from mtl_jax.experiment import build, config
+  flag = CONFIG.removeprefix("--config=")
+  overrides = ["--config.balancer.name=fixed", "--config.balancer.weights.cifar100=3",
+               "--config.balancer.weights.cifar10=0.5", "--config.data.augmentation=crop,flip"]
+  complete = config.complete(config.load(flag, overrides))
+  assert complete.balancer.weights.to_dict() == {"cifar10": 0.5, "cifar100": 3.0}
+  assert complete.data.augmentation == ("crop", "flip")
+  experiment = build.build(complete)
+  from mtl_jax import balancing
+  import jax.numpy as jnp
+  d, _ = balancing.aggregate(experiment.balancer, jnp.eye(2))
+  assert dict(zip((t.name for t in experiment.tasks), d.tolist())) == {"cifar10": 0.5,
+                                                                       "cifar100": 3.0}
+
+
+def test_running_out_of_memory_is_said(here, capsys, monkeypatch):
+  import jax
+  from mtl_jax.experiment import loop
+  def exhausted(*args):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+  monkeypatch.setattr(loop, "_stepper", lambda *args: exhausted)
+  assert_told(capsys, [CONFIG, "--workdir=run", "--config.data.batch_size=8"],
+              "the device ran out of memory: RESOURCE_EXHAUSTED")

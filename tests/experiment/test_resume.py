@@ -1,7 +1,10 @@
 """Interrupted equals uninterrupted, bit for bit."""
 
+import contextlib
 import fcntl
+import json
 import os
+import shutil
 import signal
 
 import jax
@@ -159,10 +162,11 @@ def test_eight_devices_give_the_same_metrics_and_each_others_checkpoints(tmp_pat
     ends[n] = loop.train(make(), tmp_path / str(n))
   for split in ("validation", "test"):
     assert ends[1][split] == pytest.approx(ends[8][split], rel=1e-4)
-  for here, there in ((1, 8), (8, 1)):  # each restores the other's checkpoint exactly
-    monkeypatch.setattr(loop, "data_mesh", lambda n=here: meshes[n])
-    found = loop.evaluate(make(), tmp_path / str(there))
-    assert found["test"] == pytest.approx(ends[there]["test"], rel=1e-4)
+  for here, there in ((1, 8), (8, 1)):  # each restores the other's, checksums and all
+    path = tmp_path / str(there) / "checkpoints"
+    with contextlib.closing(Checkpoints(path)) as checkpoints:
+      state = checkpoints.restore(12, loop._abstract_state(make(), meshes[here]))
+    assert len(state.params["heads_a"]["dense"]["kernel"].devices()) == here
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -171,3 +175,32 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="expected one run at a time"):
       loop.train(make(), tmp_path)
+
+
+def test_numbers_that_differ_are_an_error(tmp_path):
+  loop.train(make(), tmp_path)
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  summary["test"]["a/loss"] += 1e-6
+  (tmp_path / "summary.json").write_text(json.dumps(summary))
+  with pytest.raises(UserError, match="1 numbers differ from those of the run, such as test a/loss"):
+    loop.evaluate(make(), tmp_path)
+
+
+def test_a_damaged_best_gives_way_to_the_newest_with_a_warning(tmp_path, monkeypatch, capsys):
+  scores = iter([0.9, 0.1, 0.2])
+  monkeypatch.setattr(loop, "score", lambda *args: next(scores))
+  loop.train(make(), tmp_path)
+  (tmp_path / "summary.json").unlink()
+  shutil.rmtree(tmp_path / "checkpoints" / "5" / "state")
+  summary = loop.train(make(), tmp_path)
+  assert summary["best_step"] == 12 and "using checkpoint 12" in capsys.readouterr().out
+  validation = [r for r in records(tmp_path) if r["split"] == "validation"][-1]
+  assert {k: validation[k] for k in summary["validation"]} == summary["validation"]
+
+
+def test_rates_are_those_of_whole_calls(tmp_path):
+  loop.train(make(**{"train.steps_per_call": 4, "train.log_every_steps": 1}), tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  rates = [r["examples_per_second"] for r in lines if r["split"] == "train"]
+  calls = [rates[:4], rates[4:5], rates[5:8], rates[8:10], rates[10:]]  # evaluation at 5, 10, 12
+  assert all(len(set(call)) == 1 for call in calls)

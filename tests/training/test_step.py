@@ -28,8 +28,10 @@ class Trunk(nn.Module):
 
 
 def make_tasks(*streams):
-  return tuple(tasks.classification(f"t{i}", num_classes=3 + i, stream=stream, label=f"y{i}")
-               for i, stream in enumerate(streams))
+  """Tasks t0, t1, … in another order than that of their names."""
+  made = [tasks.classification(f"t{i}", num_classes=3 + i, stream=stream, label=f"y{i}")
+          for i, stream in enumerate(streams)]
+  return (*made[1:], made[0])
 
 
 def make_batch(some_tasks, size=8, missing=0.0):
@@ -159,15 +161,16 @@ def test_nothing_shared_equals_single_tasks(balancer):
   assert np.ptp(logs["weights"]) == 0
 
 
-@pytest.mark.parametrize("name", sorted(balancing.METHODS))
+@pytest.mark.parametrize("name", ["equal", "fixed", "uncertainty", "mgda", "pcgrad", "graddrop"])
 @pytest.mark.parametrize("engine", ["exact", "features"])
 def test_a_task_without_labels_leaves_the_balance(name, engine):
   kwargs = {"fixed": {"weights": (1.0, 1.0, 1.0)}}.get(name, {})
-  state, batch, step, *_ = make(balancer=balancing.get(name, **kwargs), gradients=engine)
+  state, batch, step, _, some_tasks = make(balancer=balancing.get(name, **kwargs), gradients=engine)
+  absent = [task.name for task in some_tasks].index("t1")
   batch["s"]["y1"] = jnp.full_like(batch["s"]["y1"], -1)
   new, logs = jax.jit(step)(state, batch)
-  assert logs["active"].tolist() == [True, False, True]
-  assert float(logs["weights"][1]) == 0 and float(logs["losses"][1]) == 0
+  assert logs["active"].tolist() == [i != absent for i in range(3)]
+  assert float(logs["weights"][absent]) == 0 and float(logs["losses"][absent]) == 0
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((new, logs)))
   assert_close(new.params["heads_t1"], state.params["heads_t1"], 0)
 
@@ -179,7 +182,8 @@ def test_missing_labels_equal_examples_left_out():
   new, logs = step(state, batch)
   short = {"s": {"image": batch["s"]["image"][:5], "y0": labels[:5], "y1": batch["s"]["y1"][:5],
                  "y2": batch["s"]["y2"][:5]}}
-  head = jax.grad(loss_of)(state.params, 0, short, model, some_tasks)["heads_t0"]
+  index = [task.name for task in some_tasks].index("t0")
+  head = jax.grad(loss_of)(state.params, index, short, model, some_tasks)["heads_t0"]
   assert_close(gradient_taken(state, new)["heads_t0"], head)
   assert int(logs["metrics"]["t0"]["accuracy"].count) == 5
 

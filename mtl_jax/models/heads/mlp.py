@@ -21,6 +21,8 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"mlp: dropout: expected a rate in [0, 1), found {self.dropout}")
     x = features
     for i, width in enumerate(self.hidden):
       x = nn.relu(nn.Dense(width, name=f"hidden{i + 1}")(x))

@@ -1,0 +1,65 @@
+"""CAGrad: near the mean gradient, the direction that serves the worst-off task best."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.balancing import hyperparameters, solvers
+from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
+from mtl_jax.balancing.preference import of_active
+
+
+def cagrad(c: float | jax.Array = 0.5, rescale: int = 1) -> Balancer:
+  """Moves at most `c‖g0‖` away from the mean gradient `g0`, to the good of the worst-off task.
+
+  The rule: `d = g0 + c ‖g0‖ g_w / ‖g_w‖` with `g_w = Σ w_i g_i`, where `w` minimises
+  `g_w·g0 + c ‖g0‖ ‖g_w‖` over the simplex. That `d` maximises `min_i g_i·d` over the ball around
+  `g0`. With `c = 0` it is the mean; from `c = 1` on, no task conflicts with it; for large `c` it
+  turns to the direction of MGDA. `d` is then divided according to `rescale`.
+
+  Args:
+    c: radius of the ball in lengths of `g0`; not negative. The default is that of LibMTL; the
+      official experiments use 0.4 on NYUv2 and, with it, the sum of the gradients.
+    rescale: 0 leaves `d`, 1 divides it by `1 + c²`, 2 by `1 + c`.
+
+  Returns:
+    A balancer that needs the Gramian. With equal gradients `g` comes out as `(1 + c) g` before it
+    is rescaled, hence as `g` with `rescale=2`; when all gradients are zero the weights are equal
+    and of that scale. A task whose gradient is zero counts in the mean, and no more: nothing can
+    serve it or harm it. Where zero lies in the hull of the gradients the push may be shorter than
+    `c ‖g0‖`; from `c = 1` on, it leaves there the part of `g0` that conflicts with nobody.
+
+  >>> import jax.numpy as jnp
+  >>> from mtl_jax import balancing
+  >>> J = jnp.array([[-4., 1., 1.], [6., 1., 1.]])
+  >>> d, _ = balancing.aggregate(cagrad(), J)
+  >>> [round(float(x), 4) for x in d]
+  [0.1468, 0.9633, 0.9633]
+
+  Reference:
+    Liu, Liu, Jin, Stone, Liu: Conflict-Averse Gradient Descent for Multi-task Learning. NeurIPS
+    2021, arXiv:2110.14048.
+
+  Differences:
+    The official code and nash-mtl multiply `d` by T, some descendants then clip its norm at 1;
+    LibMTL does neither, nor do we. TorchJD has no default `c`, does not rescale and returns zero
+    where `‖g_w‖` is small. The official code and LibMTL call SciPy's SLSQP with 1e-8 under the
+    root, TorchJD a conic solver; here Dinkelbach's method runs on the device.
+  """
+  hyperparameters.check_numbers("cagrad", "c", c, "a number not below 0",
+                                lambda array: array.ndim == 0 and array >= 0)
+  hyperparameters.check_numbers("cagrad", "rescale", rescale, "0, 1 or 2",
+                                lambda array: array.ndim == 0 and array in (0, 1, 2))
+
+  def update(signals: Signals, state: Any) -> tuple[Decision, Any]:
+    gramian, active = signals.gramian, signals.active
+    radius = jnp.asarray(c, gramian.dtype)
+    # Without a push its direction is of no account, but it has to be finite.
+    push = solvers.worst_case_push(gramian, active, jnp.maximum(radius, 1e-3))
+    weights = of_active(None, active, gramian.dtype) + radius * push
+    divisor = (1, 1 + radius**2, 1 + radius)[rescale]
+    return Decision(weights / divisor), state
+
+  return Balancer("cagrad", no_state, update, frozenset({"gramian"}),
+                  scale="mean" if rescale == 2 else "own")
