@@ -164,3 +164,7 @@ def make(where: str, section: Mapping[str, Any], table: Mapping[str, Callable[..
     return table[section["name"]](**arguments, **given)
   except ValueError as error:
     raise UserError(f"{where}: {error}") from error
+  except TypeError as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(f"{where}: expected arguments that {section['name']} takes, found: {reason}"
+                    ) from error

@@ -7,6 +7,7 @@ import pytest
 
 from mtl_jax import balancing
 from mtl_jax.balancing import wrappers
+from tests.balancing.rows import ROWS
 
 J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 OTHER = jnp.array([[1.0, 2.0, -1.0], [-2.0, 0.5, 3.0]])
@@ -96,11 +97,10 @@ def test_reduction_moves_between_sum_and_mean():
   np.testing.assert_allclose(balancing.aggregate(dropped, J)[0], J.mean(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(balancing.METHODS))
-def test_equal_gradients_come_out_as_the_method_declares(name):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{row.kwargs(4)}")
+def test_equal_gradients_come_out_as_the_method_declares(row):
   """`scale` is true: the sum or the mean of T equal gradients."""
-  kwargs = {"fixed": {"weights": (0.3,) * 4}}.get(name, {})
-  balancer = balancing.get(name, **kwargs)
+  balancer = row.build(4)
   same = jnp.tile(jnp.array([[1.0, -2.0, 0.5]]), (4, 1))
   d, _ = balancing.aggregate(balancer, same, losses=jnp.ones(4))
   expected = {"sum": 4 * same[0], "mean": same[0], "own": d}[balancer.scale]
