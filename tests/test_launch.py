@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -32,8 +31,13 @@ def environment(tmp_path_factory):
           "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
-def finish(argv, environment, **kwargs):
-  return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+def finish(argv, environment):
+  return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def limited(kilobytes, argv):
+  """The command in a shell in which no file may grow beyond a size."""
+  return ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "-", *argv]
 
 
 def records(folder):
@@ -125,8 +129,7 @@ def test_a_full_disk_is_said_and_what_was_there_survives(tmp_path, environment, 
   code, _ = stop_after(command(tmp_path, "run"), environment, folder, 17, signal.SIGTERM)
   assert code == 128 + signal.SIGTERM
   before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-  done = finish(command(tmp_path, "run"), environment, preexec_fn=limit)
+  done = finish(limited(20, command(tmp_path, "run")), environment)
   assert done.returncode == 2, done.stderr
   assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) <= 3
   assert {p: p.read_bytes() for p in before} == before
@@ -136,9 +139,8 @@ def test_a_full_disk_is_said_and_what_was_there_survives(tmp_path, environment, 
 
 
 def test_a_disk_that_fills_between_checkpoints_does_not_hang(tmp_path, environment):
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
   argv = command(tmp_path, "run", "--config.train.evaluate_every_steps=60")
-  done = finish(argv, environment, preexec_fn=limit)
+  done = finish(limited(9, argv), environment)
   assert done.returncode == 2, done.stderr
   assert "expected room and permission to write, found: File too large" in done.stderr
   assert len(done.stderr.strip().splitlines()) <= 3
