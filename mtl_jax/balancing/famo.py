@@ -60,8 +60,8 @@ def famo(learning_rate: float | jax.Array = 0.025, weight_decay: float | jax.Arr
 
   Differences:
     The official decays range from 1e-5 to 0.01; LibMTL and TorchJD have 1e-3, as here. The
-    official code also clips the gradient's norm at 1 (`max_norm` of `balancing.get`). A loss below
-    its minimum counts as the minimum. ξ stays within [-30, 30].
+    official code also clips the norm of the shared gradient at 1, which is left to the optimizer
+    here. A loss below its minimum counts as the minimum. ξ stays within [-30, 30].
   """
   trained.check_rate("famo", "learning_rate", learning_rate)
   hyperparameters.check_numbers("famo", "weight_decay", weight_decay, "a number from 0 on",

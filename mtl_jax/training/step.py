@@ -39,7 +39,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   Returns:
     The next state, and logs: losses, weights, active, finite [T]; gradient_norm and update_norm [];
     metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the balancer saw the
-    Gramian, gramian [T, T].
+    Gramian, gramian [T, T], NaN at steps at which it was not due to look.
   """
   collections = list(state.model_state)
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
@@ -87,7 +87,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                for path, g in own_grads.items()}
   grads = unflatten_dict({**flatten_dict(shared_grads), **own_grads})
 
-  penalty_values, penalty_grads = {}, None
+  penalty_values = {}
   for name, penalty in (penalties or {}).items():
     penalty_values[name], penalty_grads = jax.value_and_grad(penalty)(state.params)
     grads = jax.tree.map(jnp.add, grads, penalty_grads)
