@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
   arguments, again = None, shlex.join(["python", "launch.py", *argv])
   try:
     arguments = _arguments(argv)
-    from mtl_jax.experiment import build, config, loop  # after the flags: jax takes seconds
-    complete = config.complete(config.load(arguments.config, arguments.overrides))
+    from mtl_jax.experiment import build, config, fields, loop  # after the flags: jax takes seconds
+    complete = fields.complete(config.load(arguments.config, arguments.overrides))
     experiment = build.build(complete)
     run = {"train": loop.train, "evaluate": loop.evaluate}[arguments.mode]
     try:

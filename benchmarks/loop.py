@@ -17,7 +17,7 @@ import time
 import jax
 
 from mtl_jax.data import streams
-from mtl_jax.experiment import build, config, loop
+from mtl_jax.experiment import build, config, fields, loop
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
 
 
@@ -25,7 +25,7 @@ def experiment_of(args: argparse.Namespace, engine: str, data_dir: str) -> build
   overrides = [f"--config.train.steps={args.steps}", "--config.train.log_every_steps=10",
                f"--config.data.engine={engine}", "--config.data.download=False",
                "--config.data.missing=sample", f"--config.data.dir={data_dir}"]
-  return build.build(config.complete(config.load(args.config, overrides)))
+  return build.build(fields.complete(config.load(args.config, overrides)))
 
 
 def bare_rate(experiment: build.Experiment, steps: int) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from mtl_jax.data import sources
 from mtl_jax.data.source import ArrayExamples, Source
-from mtl_jax.experiment import build, config
+from mtl_jax.experiment import build, config, fields
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -39,7 +39,7 @@ def test_every_config_has_its_arguments_listed():
     (path, argument) for path in CONFIGS for argument in ARGUMENTS.get(path.stem, [])],
     ids=lambda x: x.stem if isinstance(x, pathlib.Path) else x or "plain")
 def test_a_whole_step_has_the_right_shapes(path, argument):
-  experiment = build.build(config.complete(config.load(f"{path}:{argument}")))
+  experiment = build.build(fields.complete(config.load(f"{path}:{argument}")))
   state = jax.eval_shape(lambda: experiment.create_state(0))
   batch = {stream: {name: jax.ShapeDtypeStruct((16, *column.shape[1:]), column.dtype)
                     for name, column in examples.arrays().items()}
@@ -54,7 +54,7 @@ def test_a_whole_step_has_the_right_shapes(path, argument):
 
 def test_single_task_runs_have_the_trunk_and_budget_of_the_joint_run():
   path = next(p for p in CONFIGS if p.stem == "cifar_mtl")
-  joint, single = (config.complete(config.load(f"{path}:{argument}")).to_dict()
+  joint, single = (fields.complete(config.load(f"{path}:{argument}")).to_dict()
                    for argument in ("", "tasks=cifar10"))
   for field in ("trunk", "train", "optimizer", "balancer", "seed"):
     assert joint[field] == single[field]

@@ -21,7 +21,7 @@ from mtl_jax.data.source import Examples, Source
 from mtl_jax.data.splits import with_validation
 from mtl_jax.errors import MissingData, UserError
 from mtl_jax.experiment import sections
-from mtl_jax.experiment.config import duration_steps
+from mtl_jax.experiment.fields import duration_steps
 from mtl_jax.models import HEADS, SHARINGS, TRUNKS, MultiTaskModel
 from mtl_jax.tasks import KINDS, Task
 from mtl_jax.training import create_train_state, eval_step, train_step

@@ -1,12 +1,10 @@
-"""From a config file and command-line overrides to a complete, checked config."""
+"""Config files, and the command-line overrides of their fields."""
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
-import dataclasses
 import importlib.util
 import inspect
-import math
 import pathlib
 import traceback
 from typing import Any
@@ -14,77 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mtl_jax import balancing
-from mtl_jax.data import sources
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import sections
+from mtl_jax.experiment.fields import SECTIONS, UNITS
 from mtl_jax.models import HEADS, SHARINGS, TRUNKS
-from mtl_jax.tasks import KINDS
-from mtl_jax.training.optimizer import MASKS, OPTIMIZERS, SCHEDULES, optimizer
-from mtl_jax.training.penalties import PENALTIES
-
-SECTIONS = ("seed", "data", "tasks", "trunk", "sharing", "balancer", "optimizer", "penalties",
-            "train")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSection:
-  """Fields of `config.data`.
-
-  Attributes:
-    streams: `{stream: {"name": source, …}}`.
-    batch_size: examples of each stream in a step, over all devices.
-    dir: where TFDS keeps prepared data.
-    missing: when a data set cannot be had: "error", "sample", or "auto" (the sample on a single
-      process with CPUs only, else an error).
-    download: whether missing archives may be downloaded.
-    engine: "resident" on the device, "grain" from the host, or "auto" by size.
-    validation: fraction of train that becomes validation where a source brings none.
-    augmentation: names, () for none, or ("auto",) for what suits the source.
-    evaluation_batch_size: examples of each stream; batch_size times 4 when None.
-    threads: that read ahead for the grain engine.
-  """
-
-  streams: Mapping[str, Any]
-  batch_size: int = 128
-  dir: str = "~/tensorflow_datasets"
-  missing: str = "auto"
-  download: bool = True
-  engine: str = "auto"
-  validation: float = 0.1
-  augmentation: tuple[str, ...] = ("auto",)
-  evaluation_batch_size: int | None = None
-  threads: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSection:
-  """Fields of `config.train`. Each duration is given in exactly one unit.
-
-  Attributes:
-    steps: length of the run in optimizer steps,
-    epochs: or in passes over the longest stream,
-    examples: or in examples of each stream.
-    evaluate_every_steps: between evaluations on validation, each followed by a checkpoint;
-    evaluate_every_epochs: one epoch where no unit is given;
-    evaluate_every_examples: of each stream.
-    log_every_steps: between training records.
-    steps_per_call: optimizer steps in one compiled call on resident data; 1 on CPUs and 16 on
-      accelerators when None.
-    gradients: engine of the task gradients, "exact" or "features".
-  """
-
-  steps: int | None = None
-  epochs: float | None = None
-  examples: int | None = None
-  evaluate_every_steps: int | None = None
-  evaluate_every_epochs: float | None = None
-  evaluate_every_examples: int | None = None
-  log_every_steps: int = 10
-  steps_per_call: int | None = None
-  gradients: str = "exact"
-
-
-UNITS = ("steps", "epochs", "examples")
+from mtl_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
 def load(flag: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -218,165 +150,3 @@ def _literal(text: str) -> Any:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
     return text
-
-
-def complete(config: ConfigDict) -> ConfigDict:
-  """The config with every field that its factories take, all checked.
-
-  Raises:
-    UserError: for what is missing, unknown or of the wrong type.
-  """
-  found = config.to_dict()
-  for field in found:
-    if field not in SECTIONS:
-      raise UserError(f"config.{field}: no such field; {sections.nearest(field, SECTIONS)}")
-  for field in ("data", "tasks", "trunk", "optimizer", "train"):
-    if not isinstance(found.get(field), Mapping) or not found[field]:
-      raise UserError(f"config.{field}: expected a section, found {found.get(field)!r}")
-  result = {
-      "seed": sections.coerce("config.seed", found.get("seed", 0), int),
-      "data": _data(found["data"]),
-      "trunk": sections.complete("config.trunk", found["trunk"], TRUNKS),
-      "sharing": sections.complete("config.sharing", found.get("sharing", {"name": "hard"}),
-                                   SHARINGS, given=("trunk", "tasks")),
-      "balancer": _balancer(found.get("balancer", {"name": "equal"}), found["tasks"]),
-      "optimizer": _optimizer(found["optimizer"]),
-      "penalties": _penalties(found.get("penalties", {})),
-      "train": sections.arguments_of("config.train", TrainSection, found["train"]),
-  }
-  result["tasks"] = {name: _task(name, task, result["data"]["streams"])
-                     for name, task in found["tasks"].items()}
-  sections.check_sizes("config.trunk", result["trunk"])
-  sections.check_sizes("config.train", result["train"])
-  if not 0 <= result["seed"] < 2 ** 32:
-    raise UserError(f"config.seed: expected 0 … 2**32 - 1, found {result['seed']}")
-  for prefix in ("", "evaluate_every_"):
-    _check_one_unit("config.train", result["train"], prefix, needed=not prefix)
-  return ConfigDict(result)
-
-
-def _data(found: Mapping[str, Any]) -> dict[str, Any]:
-  data = sections.arguments_of("config.data", DataSection, found)
-  sections.check_sizes("config.data", data)
-  for field, known in (("missing", ("auto", "error", "sample")),
-                       ("engine", ("auto", "resident", "grain"))):
-    if data[field] not in known:
-      raise UserError(f"config.data.{field}: {sections.nearest(data[field], known)}; "
-                      f"found {data[field]!r}")
-  if not 0 < data["validation"] < 1:
-    raise UserError(f"config.data.validation: expected a fraction between 0 and 1, "
-                    f"found {data['validation']!r}")
-  if not data["streams"]:
-    raise UserError("config.data.streams: expected at least one stream, found none")
-  data["streams"] = {
-      stream: sections.complete(f"config.data.streams.{stream}", section, sources.SOURCES,
-                                given=("dir", "download"))
-      for stream, section in data["streams"].items()}
-  return data
-
-
-def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:
-  where = "config.optimizer"
-  ours = sections.arguments_of(where, optimizer, {}, given=("learning_rate",))
-  completed = sections.complete(where, found, OPTIMIZERS, given=("learning_rate", *MASKS),
-                                also=("learning_rate", "schedule", *ours))
-  completed |= sections.arguments_of(where, optimizer,
-                                     {key: found[key] for key in ours if key in found})
-  completed["learning_rate"] = sections.coerce(f"{where}.learning_rate",
-                                               found.get("learning_rate"), float | None)
-  if completed["learning_rate"] is None or not completed["learning_rate"] > 0:
-    raise UserError(f"{where}.learning_rate: expected a number > 0, "
-                    f"found {completed['learning_rate']!r}")
-  schedule = found.get("schedule") or {"name": "constant"}
-  warmups = [f"warmup_{unit}" for unit in UNITS]
-  schedule = sections.complete(f"{where}.schedule", schedule, SCHEDULES,
-                               given=("learning_rate", "num_steps", "warmup"), also=warmups)
-  for name in warmups:
-    schedule[name] = sections.coerce(f"{where}.schedule.{name}", schedule.get(name), float | None)
-  _check_one_unit(f"{where}.schedule", schedule, "warmup_", needed=False)
-  return {**completed, "schedule": schedule}
-
-
-def _penalties(found: Any) -> dict[str, float]:
-  if not isinstance(found, Mapping):
-    raise UserError(f"config.penalties: expected fields {', '.join(PENALTIES)}, found {found!r}")
-  for name, strength in found.items():
-    if name not in PENALTIES:
-      raise UserError(f"config.penalties.{name}: no such field; "
-                      f"{sections.nearest(name, list(PENALTIES))}")
-    if not sections.coerce(f"config.penalties.{name}", strength, float) >= 0:
-      raise UserError(f"config.penalties.{name}: expected a number >= 0, found {strength!r}")
-  return {name: float(strength) for name, strength in found.items()}
-
-
-def _task(name: str, found: Mapping[str, Any], streams: Mapping[str, Any]) -> dict[str, Any]:
-  where = f"config.tasks.{name}"
-  task = sections.complete(where, found, KINDS, also=("head",))
-  task.pop("head", None)
-  task["stream"] = task["stream"] or name
-  if task["stream"] not in streams:
-    raise UserError(f"{where}.stream: {sections.nearest(task['stream'], list(streams))}; "
-                    f"found {task['stream']!r}")
-  if not found.get("head"):
-    raise UserError(f"{where}.head: expected a head such as {{'name': 'linear'}}, found none")
-  task["head"] = sections.complete(f"{where}.head", found["head"], HEADS, given=("num_outputs",))
-  sections.check_sizes(f"{where}.head", task["head"])
-  return task
-
-
-def _balancer(found: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
-  where = "config.balancer"
-  as_tuples = _as_tuples(where, found, tasks)
-  name = found.get("name") if isinstance(found, Mapping) else None
-  wrappers = balancing.wrapper_fields(name) if name in balancing.METHODS else ()
-  completed = sections.complete(where, as_tuples, balancing.METHODS, also=wrappers)
-  options = sections.arguments_of(where, balancing.wrappers.Options,
-                                  {key: found[key] for key in wrappers if key in found})
-  by_task = {key: dict(zip(tasks, completed[key])) for key, value in found.items()
-             if isinstance(value, Mapping)}
-  return {**completed, **by_task, **{key: options[key] for key in wrappers}}
-
-
-def _as_tuples(where: str, section: Any, tasks: Mapping[str, Any]) -> Any:
-  """A section with every `{task: value}` among its arguments as a tuple in the tasks' order."""
-  if not isinstance(section, Mapping):
-    return section
-  result = dict(section)
-  for name, value in section.items():
-    if isinstance(value, Mapping):
-      if set(value) != set(tasks):
-        raise UserError(f"{where}.{name}: expected one value for each of {', '.join(tasks)}; "
-                        f"found {', '.join(value) or 'none'}")
-      result[name] = tuple(value[task] for task in tasks)
-  return result
-
-
-def _check_one_unit(where: str, section: Mapping[str, Any], prefix: str, needed: bool) -> None:
-  present = [prefix + unit for unit in UNITS if section.get(prefix + unit) is not None]
-  names = ", ".join(prefix + unit for unit in UNITS)
-  if len(present) > 1 or (needed and not present):
-    raise UserError(f"{where}: expected exactly one of {names}; "
-                    f"found {' and '.join(present) or 'none'}")
-  for name in present:
-    may_be_zero = prefix == "warmup_"
-    if section[name] < 0 or (section[name] == 0 and not may_be_zero):
-      raise UserError(f"{where}.{name}: expected a number {'>=' if may_be_zero else '>'} 0, "
-                      f"found {section[name]!r}")
-
-
-def duration_steps(section: Mapping[str, Any], prefix: str, *, batch_size: int,
-                   steps_per_epoch: int, default: int) -> int:
-  """A duration in optimizer steps, from whichever unit it is given in; at least 1.
-
-  >>> duration_steps({"epochs": 2.5}, "", batch_size=4, steps_per_epoch=10, default=0)
-  25
-  >>> duration_steps({"examples": 9}, "", batch_size=4, steps_per_epoch=10, default=0)
-  3
-  """
-  in_steps = {"steps": round, "epochs": lambda value: round(value * steps_per_epoch),
-              "examples": lambda value: math.ceil(value / batch_size)}
-  for unit, convert in in_steps.items():
-    value = section.get(prefix + unit)
-    if value is not None:
-      return max(convert(value), 1 if value else 0)
-  return default

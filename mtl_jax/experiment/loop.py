@@ -1,8 +1,7 @@
 """The run: evaluate → save → next batch → step → log, in this order, whatever happens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
-import functools
 import importlib.metadata
 import math
 import os
@@ -15,17 +14,16 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from mtl_jax.data import streams
 from mtl_jax.errors import UserError
 from mtl_jax.experiment.build import Experiment
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.console import Console
 from mtl_jax.experiment.events import EventFile
-from mtl_jax.experiment.evaluation import evaluator, on_devices, score
+from mtl_jax.experiment.evaluation import evaluator, score
 from mtl_jax.experiment.run_folder import MetricsFile, RunFolder, without_nan
+from mtl_jax.experiment.stepper import stepper, steps_per_call
 from mtl_jax.tasks import compute_metrics
-from mtl_jax.training.sharding import (check_divides, create_sharded, data_mesh, replicated,
-                                       sharded_resident_steps, sharded_step)
+from mtl_jax.training.sharding import check_divides, create_sharded, data_mesh, replicated
 
 
 class Interrupted(Exception):
@@ -155,12 +153,12 @@ class _Run:
     self._events = stack.enter_context(contextlib.closing(
         EventFile(folder.path, self._step + 1))) if writes else None
     self._evaluate = evaluator(experiment, mesh)
-    self._steps = _stepper(experiment, mesh, self._step, stack)
+    self._steps = stepper(experiment, mesh, self._step, stack)
 
   def to_the_end(self, stop: Sequence[int]) -> None:
     """Trains, evaluates and saves until the last step is done, or `stop` holds a signal."""
     experiment, total = self._experiment, self._experiment.num_steps
-    per_call = _steps_per_call(experiment)
+    per_call = steps_per_call(experiment)
     self._console.start_progress(self._step, total)
     try:
       while self._step < total:
@@ -280,43 +278,6 @@ def _train_values(experiment: Experiment, logs: dict[str, Any]) -> dict[str, flo
     if pairs.size:
       values |= {"cosine": float(pairs.mean()), "conflict": float((pairs < 0).mean())}
   return values
-
-
-def _steps_per_call(experiment: Experiment) -> int:
-  if experiment.engine == "grain":
-    return 1
-  return experiment.config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 16)
-
-
-def _stepper(experiment: Experiment, mesh: Mesh, start: int,
-             stack: contextlib.ExitStack) -> Callable[[Any, int], tuple[Any, Any]]:
-  """`steps(state, count) -> (state, logs)`, logs with a leading axis of the steps."""
-  data = experiment.config.data
-  train = experiment.examples("train")
-  if experiment.engine == "resident":
-    columns = {stream: dict(examples.arrays()) for stream, examples in train.items()}
-    columns = jax.device_put(columns, replicated(mesh))
-    batch_at = lambda columns, seed, step: streams.resident_batch(
-        columns, data.batch_size, seed, step)
-    compiled = functools.cache(lambda count: sharded_resident_steps(
-        experiment.train_step, batch_at, mesh, count))
-    return lambda state, count: compiled(count)(state, columns)
-
-  batches: Iterator[Any] = streams.grain_batches(
-      train, data.batch_size, experiment.config.seed, start, num_classes=experiment.num_classes,
-      process=jax.process_index(), num_processes=jax.process_count(), num_threads=data.threads)
-  stack.callback(batches.close)
-  step = sharded_step(experiment.train_step, mesh)
-
-  def one(state: Any, count: int) -> tuple[Any, Any]:
-    assert count == 1
-    try:
-      batch = next(batches)
-    except ValueError as error:
-      raise UserError(str(error)) from error
-    state, logs = step(state, on_devices(batch, mesh))
-    return state, jax.tree.map(lambda x: x[None], logs)
-  return one
 
 
 @contextlib.contextmanager

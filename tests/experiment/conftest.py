@@ -9,7 +9,7 @@ import pytest
 
 from mtl_jax.data import sources
 from mtl_jax.data.source import ArrayExamples, Source
-from mtl_jax.experiment import build, config, loop
+from mtl_jax.experiment import build, fields, loop
 from mtl_jax.training import sharding
 
 
@@ -31,7 +31,7 @@ def tiny_source(name: str, *, size: int = 48, origin: str = "tiny") -> Source:
                 augmentation=("shift",))
 
 
-def tiny_config(**fields) -> ml_collections.ConfigDict:
+def tiny_config(**changes) -> ml_collections.ConfigDict:
   """A config of two tasks on the tiny sources; dotted fields replace or add."""
   result = ml_collections.ConfigDict({
       "data": {"streams": {"cifar10": {"name": "cifar10"}, "cifar100": {"name": "cifar100"}},
@@ -43,7 +43,7 @@ def tiny_config(**fields) -> ml_collections.ConfigDict:
       "optimizer": {"name": "adam", "learning_rate": 0.01},
       "train": {"steps": 12, "evaluate_every_steps": 5, "log_every_steps": 2},
   })
-  for name, value in fields.items():
+  for name, value in changes.items():
     section = result
     *parents, last = name.split(".")
     for parent in parents:
@@ -55,9 +55,9 @@ def tiny_config(**fields) -> ml_collections.ConfigDict:
   return result
 
 
-def make(**fields) -> build.Experiment:
+def make(**changes) -> build.Experiment:
   """The tiny experiment, built."""
-  return build.build(config.complete(tiny_config(**fields)))
+  return build.build(fields.complete(tiny_config(**changes)))
 
 
 @pytest.fixture(autouse=True)

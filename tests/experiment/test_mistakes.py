@@ -233,20 +233,20 @@ def test_a_bad_label_in_any_split_is_known_before_training(here, capsys, monkeyp
 
 
 def test_another_name_drops_what_only_the_old_one_takes(here):
-  from mtl_jax.experiment import config
+  from mtl_jax.experiment import config, fields
   flag = CONFIG.removeprefix("--config=") + ":resnet18"
-  found = config.complete(config.load(flag, ["--config.optimizer.name=adam",
+  found = fields.complete(config.load(flag, ["--config.optimizer.name=adam",
                                              "--config.optimizer.schedule.name=constant"]))
   assert found.optimizer.name == "adam" and "momentum" not in found.optimizer
   assert found.optimizer.weight_decay == 5e-4 and found.optimizer.schedule.warmup_epochs == 5
 
 
 def test_weights_by_task_reach_their_tasks(here):
-  from mtl_jax.experiment import build, config
+  from mtl_jax.experiment import build, config, fields
   flag = CONFIG.removeprefix("--config=")
   overrides = ["--config.balancer.name=fixed", "--config.balancer.weights.cifar100=3",
                "--config.balancer.weights.cifar10=0.5", "--config.data.augmentation=crop,flip"]
-  complete = config.complete(config.load(flag, overrides))
+  complete = fields.complete(config.load(flag, overrides))
   assert complete.balancer.weights.to_dict() == {"cifar10": 0.5, "cifar100": 3.0}
   assert complete.data.augmentation == ("crop", "flip")
   experiment = build.build(complete)
@@ -262,6 +262,6 @@ def test_running_out_of_memory_is_said(here, capsys, monkeypatch):
   from mtl_jax.experiment import loop
   def exhausted(*args):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-  monkeypatch.setattr(loop, "_stepper", lambda *args: exhausted)
+  monkeypatch.setattr(loop, "stepper", lambda *args: exhausted)
   assert_told(capsys, [CONFIG, "--workdir=run", "--config.data.batch_size=8"],
               "the device ran out of memory: RESOURCE_EXHAUSTED")

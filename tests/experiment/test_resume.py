@@ -33,8 +33,8 @@ def run_with_deaths(experiment, folder, monkeypatch, deaths):
           return real(*args, **kwargs)
         return wrapped
       if place == "step":
-        real = loop._stepper
-        patch.setattr(loop, "_stepper", lambda *args: dying(real(*args)))
+        real = loop.stepper
+        patch.setattr(loop, "stepper", lambda *args: dying(real(*args)))
       elif place == "evaluation":
         patch.setattr(loop, "score", dying(evaluation.score))
       elif place == "save":
@@ -102,7 +102,7 @@ def test_training_learns_and_evaluation_reproduces(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_first(tmp_path, monkeypatch, number):
-  experiment, real = make(), loop._stepper
+  experiment, real = make(), loop.stepper
   def stepper(*args):
     step, seen = real(*args), []
     def wrapped(state, count):
@@ -112,7 +112,7 @@ def test_signals_save_first(tmp_path, monkeypatch, number):
       return step(state, count)
     return wrapped
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "_stepper", stepper)
+    patch.setattr(loop, "stepper", stepper)
     with pytest.raises(loop.Interrupted) as stopped:
       loop.train(experiment, tmp_path / "stopped")
   assert stopped.value.args == (number,)

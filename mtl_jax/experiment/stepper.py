@@ -1,0 +1,63 @@
+"""Training steps over resident or streamed data, compiled for a mesh of devices."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mtl_jax.data import streams
+from mtl_jax.errors import UserError
+from mtl_jax.experiment.build import Experiment
+from mtl_jax.experiment.evaluation import on_devices
+from mtl_jax.training.sharding import replicated, sharded_resident_steps, sharded_step
+
+
+def steps_per_call(experiment: Experiment) -> int:
+  """How many optimizer steps one compiled call makes."""
+  if experiment.engine == "grain":
+    return 1
+  return experiment.config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 16)
+
+
+def stepper(experiment: Experiment, mesh: Mesh, start: int,
+            stack: contextlib.ExitStack) -> Callable[[Any, int], tuple[Any, Any]]:
+  """The compiled training steps, with either data engine.
+
+  Args:
+    experiment: what to run.
+    mesh: of the devices.
+    start: the first step that will be asked for.
+    stack: closes what reads ahead.
+
+  Returns:
+    `steps(state, count) -> (state, logs)`, logs with a leading axis of the steps.
+  """
+  data = experiment.config.data
+  train = experiment.examples("train")
+  if experiment.engine == "resident":
+    columns = {stream: dict(examples.arrays()) for stream, examples in train.items()}
+    columns = jax.device_put(columns, replicated(mesh))
+    batch_at = lambda columns, seed, step: streams.resident_batch(
+        columns, data.batch_size, seed, step)
+    compiled = functools.cache(lambda count: sharded_resident_steps(
+        experiment.train_step, batch_at, mesh, count))
+    return lambda state, count: compiled(count)(state, columns)
+
+  batches: Iterator[Any] = streams.grain_batches(
+      train, data.batch_size, experiment.config.seed, start, num_classes=experiment.num_classes,
+      process=jax.process_index(), num_processes=jax.process_count(), num_threads=data.threads)
+  stack.callback(batches.close)
+  step = sharded_step(experiment.train_step, mesh)
+
+  def one(state: Any, count: int) -> tuple[Any, Any]:
+    assert count == 1
+    try:
+      batch = next(batches)
+    except ValueError as error:
+      raise UserError(str(error)) from error
+    state, logs = step(state, on_devices(batch, mesh))
+    return state, jax.tree.map(lambda x: x[None], logs)
+  return one
