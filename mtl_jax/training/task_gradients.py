@@ -7,7 +7,8 @@ An engine is one word, valid for every balancing method that it can serve:
             (Sener and Koltun, NeurIPS 2018, arXiv:1810.04650, call it MGDA-UB). Where all tasks
             read one stream, inner products are taken example by example; where they do not, the
             gradients are summed over the batch first, since examples of different streams do not
-            correspond.
+            correspond. Norms are those in feature space: methods whose weights depend on the
+            gradients' size, and bounds such as `max_norm`, then make steps of another length.
 """
 
 from collections.abc import Callable, Mapping

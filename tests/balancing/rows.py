@@ -1,6 +1,7 @@
 """Every balancing method as it is put through the contract, and what it claims."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ class Row(NamedTuple):
     signed: whether weights may be negative.
     settled: False where the update with all tasks but one absent may differ from that of fewer
       tasks, because the method's constants depend on T.
+    claims: names of `mtl_jax.testing.PROPERTIES` that the method has.
   """
 
   name: str
@@ -27,8 +29,11 @@ class Row(NamedTuple):
   draws: bool = False
   signed: bool = False
   settled: bool = True
+  claims: tuple[str, ...] = ()
 
+  @functools.cache
   def build(self, num_tasks: int) -> balancing.Balancer:
+    """The same method at every call, so that all tests share its compiled program."""
     return balancing.get(self.name, **self.kwargs(num_tasks))
 
 
@@ -41,15 +46,19 @@ def drawn(num_tasks: int) -> jax.Array:
   return jax.nn.softmax(jax.random.normal(jax.random.key(0), (num_tasks,)))
 
 
+EVEN = ("permutation_equivariant", "scale_equivariant")
+SAFE = ("non_conflicting", "permutation_equivariant")
+
 LOSSES = (
-    Row("equal"),
-    Row("fixed", lambda num_tasks: {"weights": (0.5,) * num_tasks}, lambda num_tasks: 0.5),
+    Row("equal", claims=(*EVEN, "linear_under_row_scaling")),
+    Row("fixed", lambda num_tasks: {"weights": (0.5,) * num_tasks}, lambda num_tasks: 0.5,
+        claims=("linear_under_row_scaling", "scale_equivariant")),
     Row("uncertainty", at_zero=lambda num_tasks: 0.5),
-    Row("random_weights", at_zero=drawn, draws=True),
+    Row("random_weights", at_zero=drawn, draws=True, claims=("simplex",)),
     Row("revised_uncertainty", at_zero=lambda num_tasks: 0.5),
     Row("dwa"),
     Row("dwa", lambda num_tasks: {"temperature": 0.5, "window": 1}),
-    Row("geometric", at_zero=mean),
+    Row("geometric", at_zero=mean, claims=EVEN),
     Row("scale_invariant"),
     Row("imtl_l"),
     Row("stch", at_zero=lambda num_tasks: num_tasks**-2),
@@ -59,57 +68,67 @@ LOSSES = (
     Row("tchebycheff", at_zero=lambda num_tasks: num_tasks**-2),
     Row("pbi", at_zero=lambda num_tasks: num_tasks**-0.5, signed=True),
     Row("cosmos", at_zero=mean, signed=True),
-    Row("cov_weighting", at_zero=mean),
+    Row("cov_weighting", at_zero=mean, claims=("permutation_equivariant", "simplex")),
     Row("cov_weighting", lambda num_tasks: {"decay": 0.9}, mean),
-    Row("famo", at_zero=mean),
-    Row("group_dro", at_zero=mean),
+    Row("famo", at_zero=mean, claims=("permutation_equivariant", "simplex")),
+    Row("group_dro", at_zero=mean, claims=("permutation_equivariant", "simplex")),
     Row("go4align", lambda num_tasks: {"groups": min(2, num_tasks)}),
     Row("ldc_mtl", at_zero=mean, signed=True),
     Row("ldc_mtl", lambda num_tasks: {"normalization": "log"}, mean, signed=True),
 )
 
 GRAMIAN = (
-    Row("mgda", at_zero=mean),
-    Row("mgda", lambda num_tasks: {"normalization": "l2"}, mean),
-    Row("mgda", lambda num_tasks: {"normalization": "loss+"}, mean),
-    Row("pcgrad", draws=True),
+    Row("mgda", at_zero=mean, claims=(*SAFE, "scale_equivariant", "simplex", "stationary")),
+    Row("mgda", lambda num_tasks: {"normalization": "l2"}, mean,
+        claims=(*SAFE, "scale_invariant", "stationary")),
+    Row("mgda", lambda num_tasks: {"normalization": "loss+"}, mean,
+        claims=(*SAFE, "scale_invariant", "stationary")),
+    Row("pcgrad", draws=True, claims=("scale_equivariant",)),
     Row("pcgrad", lambda num_tasks: {"reduction": "mean"}, mean, draws=True),
-    Row("gradvac", draws=True),
-    Row("imtl_g", at_zero=mean, signed=True),
-    Row("imtl", at_zero=mean, signed=True),
-    Row("aligned_mtl", signed=True),
-    Row("aligned_mtl", lambda num_tasks: {"scale": "median"}, signed=True),
+    Row("gradvac", draws=True, claims=("scale_equivariant",)),
+    Row("imtl_g", at_zero=mean, signed=True, claims=EVEN),
+    Row("imtl", at_zero=mean, signed=True, claims=EVEN),
+    Row("aligned_mtl", signed=True, claims=EVEN),
+    Row("aligned_mtl", lambda num_tasks: {"scale": "median"}, signed=True, claims=EVEN),
     Row("aligned_mtl", lambda num_tasks: {"scale": "rmse", "preference": (0.5,) * num_tasks},
         lambda num_tasks: 0.5, signed=True),
-    Row("conflict_free", signed=True),
-    Row("conflict_free", lambda num_tasks: {"length": "harmonic"}, mean, signed=True),
-    Row("gradnorm"),
-    Row("ntkmtl", at_zero=lambda num_tasks: num_tasks**0.5),
-    Row("krum", at_zero=mean),
-    Row("krum", lambda num_tasks: {"byzantine": 0, "selected": 2, "distance": "plain"}, mean),
-    Row("cagrad", at_zero=lambda num_tasks: 1.2 / num_tasks),
-    Row("cagrad", lambda num_tasks: {"c": 1.0, "rescale": 2}, mean),
-    Row("upgrad", at_zero=mean),
+    Row("conflict_free", signed=True,
+        claims=(*SAFE, "scale_equivariant", "linear_under_row_scaling")),
+    Row("conflict_free", lambda num_tasks: {"length": "harmonic"}, mean, signed=True,
+        claims=(*SAFE, "scale_equivariant")),
+    Row("gradnorm", claims=EVEN),
+    Row("ntkmtl", at_zero=lambda num_tasks: num_tasks**0.5, claims=EVEN),
+    Row("krum", at_zero=mean, claims=(*EVEN, "simplex")),
+    Row("krum", lambda num_tasks: {"byzantine": 0, "selected": 2, "distance": "plain"}, mean,
+        claims=(*EVEN, "simplex")),
+    Row("cagrad", at_zero=lambda num_tasks: 1.2 / num_tasks, claims=EVEN),
+    Row("cagrad", lambda num_tasks: {"c": 1.0, "rescale": 2}, mean,
+        claims=(*SAFE, "scale_equivariant")),
+    Row("upgrad", at_zero=mean,
+        claims=(*SAFE, "scale_equivariant", "linear_under_row_scaling", "stationary")),
     Row("upgrad", lambda num_tasks: {"preference": (0.5,) * num_tasks, "regularization": 1e-4},
-        lambda num_tasks: 0.5),
-    Row("dualproj", at_zero=mean),
+        lambda num_tasks: 0.5, claims=(*SAFE, "scale_equivariant", "linear_under_row_scaling")),
+    Row("dualproj", at_zero=mean, claims=(*SAFE, "scale_equivariant", "stationary")),
     Row("pcd", at_zero=mean),
     Row("pcd", lambda num_tasks: {"threshold": (0.5,) * num_tasks, "decay": 0.9}, mean),
-    Row("nash_mtl", at_zero=mean),
-    Row("nash_mtl", lambda num_tasks: {"max_norm": None}, mean),
-    Row("fairgrad", at_zero=mean),
-    Row("fairgrad", lambda num_tasks: {"alpha": 0.5}, mean),
-    Row("pivrg", lambda num_tasks: {"scores": tuple(range(num_tasks))}, mean, settled=False),
+    Row("nash_mtl", at_zero=mean, claims=(*SAFE, "scale_invariant")),
+    Row("nash_mtl", lambda num_tasks: {"max_norm": None}, mean, claims=(*SAFE, "scale_invariant")),
+    Row("fairgrad", at_zero=mean, claims=SAFE),
+    Row("fairgrad", lambda num_tasks: {"alpha": 0.5}, mean, claims=SAFE),
+    Row("pivrg", lambda num_tasks: {"scores": tuple(range(num_tasks))}, mean, settled=False,
+        claims=("non_conflicting",)),
 )
 
 TASK_GRADS = (
-    Row("graddrop", at_zero=lambda num_tasks: 0.0, draws=True),
-    Row("graddrop", lambda num_tasks: {"leak": (0.3,) * num_tasks}, lambda num_tasks: 0.0, True),
-    Row("trimmed_mean", at_zero=mean),
-    Row("moco", at_zero=mean),
-    Row("moco", lambda num_tasks: {"normalization": "loss", "simplex": "softmax"}, mean),
-    Row("db_mtl"),
-    Row("excess_mtl"),
+    Row("graddrop", at_zero=lambda num_tasks: 0.0, draws=True, claims=EVEN),
+    Row("graddrop", lambda num_tasks: {"leak": (0.3,) * num_tasks}, lambda num_tasks: 0.0, True,
+        claims=EVEN),
+    Row("trimmed_mean", at_zero=mean, claims=EVEN),
+    Row("moco", at_zero=mean, claims=("permutation_equivariant", "simplex")),
+    Row("moco", lambda num_tasks: {"normalization": "loss", "simplex": "softmax"}, mean,
+        claims=("permutation_equivariant", "scale_invariant", "simplex")),
+    Row("db_mtl", claims=EVEN),
+    Row("excess_mtl", claims=EVEN),
     Row("excess_mtl", lambda num_tasks: {"start": "update"}),
 )
 

@@ -71,7 +71,8 @@ def test_projections_are_the_nearest(num_tasks):
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
-@pytest.mark.parametrize("c", [0.1, 0.4, 1.0, 5.0])
+@pytest.mark.parametrize("c", [pytest.param(0.1, marks=pytest.mark.slow), 0.4, 1.0,
+                               pytest.param(5.0, marks=pytest.mark.slow)])
 def test_cagrad_reaches_the_optimum(num_tasks, c):
   """Strong duality: `min_i g_i·d` is what the simplex problem attains, row by row in its units."""
   jacobians = random_jacobians(num_tasks, few=False)
@@ -113,7 +114,7 @@ def test_cagrad_between_mean_and_mgda():
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.5, marks=pytest.mark.slow), 1.0, 2.0])
 def test_fair_weights_solve_their_equations(num_tasks, alpha):
   """In float64 to rounding, for norms eight decades apart; in float32 the same weights."""
   jacobians = random_jacobians(num_tasks, few=False)
@@ -262,7 +263,7 @@ def test_hyperparameters_batch(name, argument, values):
 
   together = jax.jit(jax.vmap(outcome))(jnp.asarray(values))
   for found, value in zip(together, values):
-    np.testing.assert_allclose(found, outcome(jnp.asarray(value)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, jax.jit(outcome)(jnp.asarray(value)), rtol=1e-4, atol=1e-5)
 
 
 SHARES = "expected one share a task, none negative, found"

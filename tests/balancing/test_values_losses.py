@@ -170,8 +170,10 @@ def test_weights_are_the_gradient_of_the_objective(build, objective):
                                gradient(jnp.asarray(row, jnp.float32)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("row", LOSSES, ids=[
-    f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-") for row in LOSSES])
+@pytest.mark.parametrize("row", [
+    pytest.param(row, id=f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-"),
+                 marks=pytest.mark.slow if row.name in {r.name for r in LOSSES[:index]} else ())
+    for index, row in enumerate(LOSSES)])
 def test_finite_on_losses_of_every_size(row):
   """Zero, tiny, negative and huge losses in every mixture, and in runs of several steps."""
   balancer = row.build(3)
