@@ -17,8 +17,8 @@ def command(tmp_path, workdir, *more):
   return [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT}/configs/cifar_mtl.py",
           f"--workdir={tmp_path / workdir}", f"--config.data.dir={tmp_path / 'data'}",
           "--config.data.download=False", "--config.trunk.channels=4,8", "--config.trunk.width=16",
-          "--config.data.batch_size=32", "--config.train.steps=60",
-          "--config.train.evaluate_every_steps=15", "--config.train.log_every_steps=1",
+          "--config.data.batch_size=32", "--config.train.steps=160",
+          "--config.train.evaluate_every_steps=20", "--config.train.log_every_steps=1",
           "--config.balancer.name=uncertainty", *more]
 
 
@@ -45,7 +45,7 @@ def records(folder):
   return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
 
 
-def checksums(folder, step=60):
+def checksums(folder, step=160):
   record = json.loads((folder / "checkpoints" / str(step) / "record" / "metadata").read_text())
   return json.loads(record["text"])["checksums"]
 
@@ -85,7 +85,7 @@ def test_a_whole_launch_tells_what_it_does(whole):
   assert done.stderr == ""
   summary = json.loads((folder / "summary.json").read_text())
   assert summary["data"] == {"cifar10": "sample", "cifar100": "sample"}
-  assert summary["steps"] == 60 and list(folder.glob("events.out.tfevents*"))
+  assert summary["steps"] == 160 and list(folder.glob("events.out.tfevents*"))
 
 
 def kill_and_compare(tmp_path, environment, whole, deaths):
@@ -139,7 +139,7 @@ def test_a_full_disk_is_said_and_what_was_there_survives(tmp_path, environment, 
 
 
 def test_a_disk_that_fills_between_checkpoints_does_not_hang(tmp_path, environment):
-  argv = command(tmp_path, "run", "--config.train.evaluate_every_steps=60")
+  argv = command(tmp_path, "run", "--config.train.evaluate_every_steps=160")
   done = finish(limited(9, argv), environment)
   assert done.returncode == 2, done.stderr
   assert "expected room and permission to write, found: File too large" in done.stderr
