@@ -1,6 +1,7 @@
 """Milliseconds a training step for every balancer and gradient engine, side by side.
 
   python benchmarks/step.py [--tasks=2] [--batch=128] [--own-streams] [--trunk=cnn] [--rounds=9]
+                            [--only=mgda,pcgrad]
 
 Prints one JSON line a variant: the median over rounds, and its ratio to equal weights in the same
 run. Rounds go through all variants in turn, so that a noisy machine disturbs them alike.
@@ -13,7 +14,6 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 
 import mtl_jax
 from mtl_jax import balancing, models, tasks
@@ -25,14 +25,17 @@ ENGINES = ("exact", "features")
 
 def variants(num_tasks: int, own_streams: bool) -> list[tuple[balancing.Balancer, str]]:
   """Every balancer with the engines that can serve it; losses need none."""
+  arguments = {"fixed": {"weights": (1.0,) * num_tasks}, "pivrg": {"scores": (0.0,) * num_tasks}}
   result = []
   for name in balancing.METHODS:
-    balancer = balancing.get(name, **({"weights": (1.0,) * num_tasks} if name == "fixed" else {}))
+    balancer = balancing.get(name, **arguments.get(name, {}))
     if "losses" in balancer.needs:
       result.append((balancer, "none"))
       continue
     for engine in ENGINES:
-      if engine == "exact" or "task_grads" not in balancer.needs or not own_streams:
+      direction = "task_grads" in balancer.needs
+      keeps = "gradient_state" in balancer.needs
+      if engine == "exact" or not (keeps or direction and own_streams):
         result.append((balancer, engine))
   return result
 
@@ -67,10 +70,13 @@ def main() -> None:
   parser.add_argument("--own-streams", action="store_true", help="each task reads its own stream")
   parser.add_argument("--trunk", default="cnn", choices=models.TRUNKS)
   parser.add_argument("--rounds", type=int, default=9)
+  parser.add_argument("--only", default="", help="balancers, separated by commas; all if empty")
   args = parser.parse_args()
 
   runs, times = {}, {}
   for balancer, engine in variants(args.tasks, args.own_streams):
+    if args.only and balancer.name not in ("equal", *args.only.split(",")):
+      continue
     step, state, batch = build(args, balancer, engine)
     state, _ = jax.block_until_ready(step(state, batch))
     runs[balancer.name, engine], times[balancer.name, engine] = [step, state, batch], []

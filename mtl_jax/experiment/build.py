@@ -179,7 +179,7 @@ def _check_labels(experiment: Experiment) -> None:
 def _load(stream: str, name: str, data: ConfigDict) -> Source:
   try:
     source = sources.SOURCES[name](data.dir, download=data.download)
-  except MissingData as error:
+  except MissingData:
     alone_on_cpu = jax.process_count() == 1 and jax.default_backend() == "cpu"
     if data.missing == "error" or (data.missing == "auto" and not alone_on_cpu):
       raise

@@ -59,12 +59,14 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
   keys = {"params": purpose_key(seed, "init"), "dropout": purpose_key(seed, "init_dropout")}
   variables = dict(model.init(keys, batch))
   params = variables.pop("params")
+  balancer_state = init_state(balancer, len(tasks), _stacked(params, model, len(tasks)))
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
       model_state=variables,
       opt_state=optimizer.init(params),
-      balancer_state=init_state(balancer, len(tasks), _stacked(params, model, len(tasks))),
+      # A method may start two numbers as one array, which could not be donated.
+      balancer_state=jax.tree.map(jnp.copy, balancer_state),
       seed=jnp.asarray(seed, jnp.uint32),
   )
 

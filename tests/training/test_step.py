@@ -277,6 +277,13 @@ def test_many_steps_compile_once_and_donate():
   assert jax.tree.leaves(first.params)[0].is_deleted()
 
 
+def test_a_fresh_state_can_be_donated_whatever_the_balancer():
+  """FAMO starts two parts of its state as the same zeros."""
+  state, batch, step, *_ = make(balancer=balancing.famo())
+  new, _ = jax.jit(step, donate_argnums=0)(state, batch)
+  assert int(new.step) == 1
+
+
 def test_resident_steps_in_one_call_equal_single_steps():
   state, batch, step, *_ = make(opt=optimizer("sgd", 0.1))
   mesh = sharding.data_mesh(jax.devices()[:1])
