@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.data import sources
-from mtl_jax.data.source import ArrayExamples, Source
+from mtl_jax.data.source import ArrayExamples, Label, Source
 from mtl_jax.experiment import build, config, fields
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -26,7 +26,8 @@ def schema(monkeypatch):
     columns = {"image": np.zeros((300, 32, 32, 3), np.uint8),
                **{label: np.zeros(300, np.int32) for label in classes}}
     examples = ArrayExamples(columns)
-    return Source("schema", {"train": examples, "test": examples}, classes, ("crop", "flip"))
+    labels = {label: Label("class", number) for label, number in classes.items()}
+    return Source("schema", {"train": examples, "test": examples}, labels, ("crop", "flip"))
   monkeypatch.setattr(sources, "SOURCES", {
       name: lambda dir, download=True, name=name: source(name) for name in sources.SOURCES})
 

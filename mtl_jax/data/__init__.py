@@ -1,3 +1,3 @@
 """Where examples come from: sources, augmentation, streams."""
 
-from mtl_jax.data.source import ArrayExamples, Examples, Source, Subset
+from mtl_jax.data.source import ArrayExamples, Examples, Label, Source, Subset

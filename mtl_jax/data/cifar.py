@@ -19,7 +19,7 @@ import uuid
 
 import numpy as np
 
-from mtl_jax.data.source import Source
+from mtl_jax.data.source import Label, Source
 from mtl_jax.errors import MissingData, UserError
 
 if TYPE_CHECKING:
@@ -102,13 +102,14 @@ def _source(name: str, dir: str | os.PathLike[str], download: bool) -> Source:
   if builder is None:
     raise _broken(root / name, "its description is missing")
   features = builder.info.features
-  num_classes = {key: feature.num_classes for key, feature in features.items()
-                 if isinstance(feature, tfds.features.ClassLabel)}
+  labels = {key: Label("class", feature.num_classes, tuple(feature.names))
+            for key, feature in features.items()
+            if isinstance(feature, tfds.features.ClassLabel)}
   return Source(
       origin=f"tfds:{name}:{builder.version}",
-      splits={split: Records(_records(builder, split), features, tuple(num_classes))
+      splits={split: Records(_records(builder, split), features, tuple(labels))
               for split in ("train", "test")},
-      num_classes=num_classes,
+      labels=labels,
       augmentation=("crop", "flip"),
   )
 

@@ -13,10 +13,11 @@ import dataclasses
 
 import numpy as np
 
-from mtl_jax.data.source import ArrayExamples, Source
+from mtl_jax.data.source import ArrayExamples, Label, Source
 
 SIZES = {"train": 10_000, "test": 2_000}
-NUM_CLASSES = {"cifar10": {"label": 10}, "cifar100": {"label": 100, "coarse_label": 20}}
+LABELS = {"cifar10": {"label": Label("class", 10)},
+          "cifar100": {"label": Label("class", 100), "coarse_label": Label("class", 20)}}
 
 _SIDE = 32  # pixels along the side of an image
 _FINE = 8  # sheet pixels along the side of one pixel of handwriting
@@ -42,19 +43,19 @@ def digits(name: str) -> Source:
   Raises:
     ValueError: there is no sample of that name.
   """
-  if name not in NUM_CLASSES:
-    raise ValueError(f"expected a sample of {' or '.join(NUM_CLASSES)}, found {name!r}")
+  if name not in LABELS:
+    raise ValueError(f"expected a sample of {' or '.join(LABELS)}, found {name!r}")
   draw = _draw_one if name == "cifar10" else _draw_two
   splits = {}
   for split, handwriting in _handwriting().items():
     random = _Random(f"{name} {split}")
-    classes = NUM_CLASSES[name]["label"]
+    classes = LABELS[name]["label"].num_classes
     label = (random.permutation(SIZES[split]) % classes).astype(np.int32)
     columns = {"image": _images(draw, handwriting, label, random), "label": label}
     if name == "cifar100":
       columns["coarse_label"] = label // 5
     splits[split] = ArrayExamples(columns)
-  return Source(origin="sample", splits=splits, num_classes=NUM_CLASSES[name])
+  return Source(origin="sample", splits=splits, labels=LABELS[name])
 
 
 class _Random:

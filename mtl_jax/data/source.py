@@ -7,8 +7,37 @@ from typing import Protocol
 import numpy as np
 
 
+KINDS = ("class", "binary", "number", "box", "objects", "mask", "map", "normals")
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+  """What a label of a source is: what an example holds under its name, and how it moves.
+
+  | kind | of one example | missing |
+  |---|---|---|
+  | `class` | int32 [], one of `num_classes` | -1 |
+  | `binary` | int32 [L], 0 or 1 for each of L attributes | -1, each on its own |
+  | `number` | float32 [] or [D], which no augmentation changes | NaN |
+  | `box` | float32 [4]: x1, y1, x2, y2 as fractions of width and height | NaN |
+  | `objects` | float32 [M, 5]: boxes and their class; absent ones 0 with class -1 | NaN throughout |
+  | `mask` | int32 [H, W], a class a pixel | -1, each pixel on its own |
+  | `map` | float32 [H, W] or [H, W, C], numbers a pixel | NaN, each pixel on its own |
+  | `normals` | float32 [H, W, 3], unit vectors (x right, y down) | NaN, each pixel on its own |
+
+  Attributes:
+    kind: one of `KINDS`.
+    num_classes: of "class", "objects" and "mask"; else None.
+    names: of the classes, or of the attributes; () where they have none.
+  """
+
+  kind: str = "class"
+  num_classes: int | None = None
+  names: Sequence[str] = ()
+
+
 class Examples(Protocol):
-  """A random-access sequence of examples `{"image": uint8 [H, W, C], "<label>": int32 []}`."""
+  """A random-access sequence of examples: `{"image": uint8 [H, W, C], label: …}`, see `Label`."""
 
   def __len__(self) -> int: ...
 
@@ -70,11 +99,13 @@ class Source:
     origin: where the examples really come from, as reported to the user and written into the
       run folder: "tfds:cifar10:3.0.2", or "sample" for the bundled sample.
     splits: examples by split name: "train" and "test", and "validation" where the set has one.
-    num_classes: number of classes of each integer label.
+    labels: what the examples hold besides the image, by name.
     augmentation: names of the augmentations that leave these labels true.
+    report: how many files or entries were left out or mended, by what was wrong with them.
   """
 
   origin: str
   splits: Mapping[str, Examples]
-  num_classes: Mapping[str, int]
+  labels: Mapping[str, Label]
   augmentation: Sequence[str] = ()
+  report: Mapping[str, int] = dataclasses.field(default_factory=dict)

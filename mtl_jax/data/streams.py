@@ -1,4 +1,4 @@
-"""Streams of batches `{stream: {"image": uint8 [B, H, W, C], label: [B]}}`, by two engines.
+"""Streams of batches `{stream: {"image": uint8 [B, H, W, C], label: [B, …]}}`, by two engines.
 
   resident  the examples live on the device as uint8; a batch is drawn from (seed, step) inside the
             compiled step.
@@ -16,7 +16,7 @@ import numpy as np
 
 from mtl_jax.data.augmentation import augment, normalize
 from mtl_jax.data.order import batch_indices
-from mtl_jax.data.source import Examples
+from mtl_jax.data.source import Examples, Label
 from mtl_jax.randomness import purpose_key
 
 ENGINES = ("resident", "grain")
@@ -66,31 +66,39 @@ def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, st
 class _Records:
   """Examples as Grain wants them, with their labels checked as they are read."""
 
-  def __init__(self, stream: str, examples: Examples, num_classes: Mapping[str, int]):
-    self._stream, self._examples, self._num_classes = stream, examples, num_classes
+  def __init__(self, stream: str, examples: Examples, labels: Mapping[str, Label]):
+    self._stream, self._examples, self._labels = stream, examples, labels
 
   def __len__(self) -> int:
     return len(self._examples)
 
   def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
     example = self._examples[index]
-    check_labels(self._stream, example, self._num_classes)
+    check_labels(self._stream, example, self._labels)
     return example
 
 
 def check_labels(stream: str, columns: Mapping[str, np.ndarray],
-                 num_classes: Mapping[str, int]) -> None:
-  """Raises ValueError for an integer label outside -1 … classes - 1."""
-  for label, classes in num_classes.items():
-    values = np.asarray(columns[label])
+                 labels: Mapping[str, Label]) -> None:
+  """Raises ValueError for a class outside -1 … classes - 1, and for an infinite number."""
+  for name, label in labels.items():
+    values = np.asarray(columns[name])
+    if values.dtype.kind == "f" and np.isinf(values).any():
+      raise ValueError(f"stream {stream!r}: {name}: expected finite numbers (NaN where missing), "
+                       "found an infinite one")
+    classes = 2 if label.kind == "binary" else label.num_classes
+    if classes is None:
+      continue
+    if label.kind == "objects":
+      values = values[..., 4][~np.isnan(values[..., 4])].astype(int)
     if values.size and not (-1 <= values.min() and values.max() < classes):
       found = values.min() if values.min() < -1 else values.max()
-      raise ValueError(f"stream {stream!r}: {label}: expected labels 0 … {classes - 1} "
+      raise ValueError(f"stream {stream!r}: {name}: expected labels 0 … {classes - 1} "
                        f"(-1 where missing), found {found}")
 
 
 def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, start: int, *,
-                  num_classes: Mapping[str, Mapping[str, int]], process: int = 0,
+                  labels: Mapping[str, Mapping[str, Label]], process: int = 0,
                   num_processes: int = 1, num_threads: int = 2
                   ) -> Iterator[dict[str, dict[str, np.ndarray]]]:
   """Endless training batches from the host, this process's share of each.
@@ -100,14 +108,14 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, s
     batch_size: examples of each stream over all processes; a multiple of `num_processes`.
     seed: of the order.
     start: the step whose batch comes first.
-    num_classes: of the labels to check, by stream.
+    labels: those to check, by stream.
     process: index of this process.
     num_processes: how many share each batch.
     num_threads: that read ahead.
   """
   iterators = {}
   for stream, examples in streams.items():
-    records = _Records(stream, examples, num_classes[stream])
+    records = _Records(stream, examples, labels[stream])
     order = (seed + zlib.crc32(stream.encode())) % 2 ** 32  # a stream's own, whatever is beside it
     dataset = (grain.MapDataset.source(records).seed(order).shuffle().repeat()
                [process::num_processes].batch(batch_size // num_processes, drop_remainder=True))
@@ -119,25 +127,25 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, s
 
 
 def evaluation_batches(streams: Mapping[str, Examples], batch_size: int, *,
-                       num_classes: Mapping[str, Mapping[str, int]], process: int = 0,
+                       labels: Mapping[str, Mapping[str, Label]], process: int = 0,
                        num_processes: int = 1) -> Iterator[dict[str, dict[str, np.ndarray]]]:
   """Every example once, in order, this process's share of each batch.
 
   Streams of different lengths end together: a short one, or the rest of the last batch, is filled
-  with examples whose labels are missing, which count for nothing.
+  with examples that are not `present` and whose labels are missing, which count for nothing.
   """
   local = batch_size // num_processes
   num_batches = max(-(-len(examples) // batch_size) for examples in streams.values())
   for start in range(process * local, num_batches * batch_size, batch_size):
-    yield {stream: _padded(stream, examples, start, local, num_classes[stream])
+    yield {stream: _padded(stream, examples, start, local, labels[stream])
            for stream, examples in streams.items()}
 
 
 def _padded(stream: str, examples: Examples, start: int, count: int,
-            num_classes: Mapping[str, int]) -> dict[str, np.ndarray]:
+            labels: Mapping[str, Label]) -> dict[str, np.ndarray]:
   present = [examples[i] for i in range(start, min(start + count, len(examples)))]
   template = present[0] if present else examples[0]
-  columns = {}
+  columns = {"present": np.arange(count) < len(present)}
   for name, value in template.items():
     value = np.asarray(value)
     missing = np.nan if value.dtype.kind == "f" else -1
@@ -145,5 +153,5 @@ def _padded(stream: str, examples: Examples, start: int, count: int,
     if present:
       column[:len(present)] = np.stack([example[name] for example in present])
     columns[name] = column
-  check_labels(stream, columns, num_classes)
+  check_labels(stream, columns, labels)
   return columns

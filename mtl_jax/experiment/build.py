@@ -17,7 +17,7 @@ from mtl_jax.balancing import Balancer
 from mtl_jax.balancing.balancer import init_state
 from mtl_jax.data import sources, streams
 from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics
-from mtl_jax.data.source import Examples, Source
+from mtl_jax.data.source import Examples, Label, Source
 from mtl_jax.data.splits import with_validation
 from mtl_jax.errors import MissingData, UserError
 from mtl_jax.experiment import sections
@@ -73,12 +73,14 @@ class Experiment:
     return {stream: source.origin for stream, source in self.sources.items()}
 
   @property
-  def num_classes(self) -> dict[str, dict[str, int]]:
-    """Number of classes of each label that a task reads, by stream."""
+  def labels(self) -> dict[str, dict[str, Label]]:
+    """The labels that a task reads, by stream, with no more classes than its head tells apart."""
     result = {stream: {} for stream in self.sources}
     for task in self.tasks:
-      known = result[task.stream].get(task.label, task.num_outputs)
-      result[task.stream][task.label] = min(known, task.num_outputs)
+      label = result[task.stream].get(task.label) or self.sources[task.stream].labels[task.label]
+      if label.num_classes is not None:
+        label = dataclasses.replace(label, num_classes=min(label.num_classes, task.num_outputs))
+      result[task.stream][task.label] = label
     return result
 
   def examples(self, split: str) -> dict[str, Examples]:
@@ -171,7 +173,7 @@ def _check_labels(experiment: Experiment) -> None:
   for split in ("train", "validation", "test"):
     for stream, examples in experiment.examples(split).items():
       try:
-        streams.check_labels(stream, examples.arrays(), experiment.num_classes[stream])
+        streams.check_labels(stream, examples.arrays(), experiment.labels[stream])
       except ValueError as error:
         raise UserError(f"{split}: {error}") from error
 
@@ -201,11 +203,11 @@ def _task(name: str, section: ConfigDict, source: Source) -> Task:
   arguments = section.to_dict()
   arguments.pop("head")
   label = arguments["label"]
-  if label not in source.num_classes:
-    raise UserError(f"{where}.label: {sections.nearest(label, sorted(source.num_classes))}; "
+  if label not in source.labels:
+    raise UserError(f"{where}.label: {sections.nearest(label, sorted(source.labels))}; "
                     f"stream {section.stream!r} has no {label!r}")
   if arguments["num_classes"] is None:
-    arguments["num_classes"] = source.num_classes[label]
+    arguments["num_classes"] = source.labels[label].num_classes
   kind = arguments.pop("name")
   try:
     return KINDS[kind](name, **arguments)

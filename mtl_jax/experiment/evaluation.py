@@ -1,16 +1,17 @@
 """Metrics of a whole split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+import numpy as np
 
 from mtl_jax.data import streams
 from mtl_jax.errors import UserError
 from mtl_jax.experiment.build import Experiment
-from mtl_jax.tasks import compute_metrics, merge_metrics
+from mtl_jax.tasks import Task, compute_metrics, merge_metrics
 from mtl_jax.training.sharding import sharded_eval, split
 
 
@@ -22,18 +23,30 @@ def evaluator(experiment: Experiment, mesh: Mesh) -> Callable[[Any, str], dict[s
   batch_size = data.evaluation_batch_size or _multiple(4 * data.batch_size, mesh.size)
 
   def evaluate(state: Any, name: str) -> dict[str, float]:
-    total = None
+    total, kept = None, []
     batches = streams.evaluation_batches(
-        experiment.examples(name), batch_size, num_classes=experiment.num_classes,
+        experiment.examples(name), batch_size, labels=experiment.labels,
         process=jax.process_index(), num_processes=jax.process_count())
     try:
       for batch in batches:
-        states = step(state, on_devices(batch, mesh))
+        states, gathered = _apart(experiment.tasks, step(state, on_devices(batch, mesh)))
         total = states if total is None else merge(total, states)
+        kept.append(jax.device_get(gathered))
     except ValueError as error:  # a label out of range
       raise UserError(f"{name}: {error}") from error
-    return compute_metrics(experiment.tasks, jax.device_get(total))
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
+    total = {task: {**values, **joined[task]} for task, values in jax.device_get(total).items()}
+    return compute_metrics(experiment.tasks, total)
   return evaluate
+
+
+def _apart(tasks: Sequence[Task], states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Metric states that merge on the device, and those that are gathered on the host."""
+  gathered = {task.name: {m.name for m in task.all_metrics if m.gathered} for task in tasks}
+  keep = lambda wanted: {task: {name: state for name, state in values.items()
+                                if (name in gathered[task]) == wanted}
+                         for task, values in states.items()}
+  return keep(False), keep(True)
 
 
 def _multiple(size: int, of: int) -> int:

@@ -47,7 +47,7 @@ def stepper(experiment: Experiment, mesh: Mesh, start: int,
     return lambda state, count: compiled(count)(state, columns)
 
   batches: Iterator[Any] = streams.grain_batches(
-      train, data.batch_size, experiment.config.seed, start, num_classes=experiment.num_classes,
+      train, data.batch_size, experiment.config.seed, start, labels=experiment.labels,
       process=jax.process_index(), num_processes=jax.process_count(), num_threads=data.threads)
   stack.callback(batches.close)
   step = sharded_step(experiment.train_step, mesh)

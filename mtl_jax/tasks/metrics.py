@@ -1,15 +1,47 @@
-"""Metrics as `empty / update / merge / compute` over small device-side states.
+"""Metrics as `update / merge / compute` over small device-side states.
 
 A state is a pytree of sums, so that states merge exactly whatever the split of the examples into
-batches and devices. Unit and direction belong to the metric.
+batches and devices. Where only all examples together have a value, such as the area under a curve,
+a metric is `gathered`: its state is what it keeps of each example, along a leading axis. Unit and
+direction belong to the metric.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+
+class Metric(Protocol):
+  """What a metric is.
+
+  Attributes:
+    name: as shown, "accuracy".
+    unit: of the value, "" where it has none.
+    higher_is_better: direction of progress.
+    gathered: False where `update` and `merge` run on the device, on states of fixed shapes. True
+      where `update` gives arrays [B, …], which are joined along their first axis on the host and
+      handed to `compute`; such a metric is not taken in training steps.
+  """
+
+  name: str
+  unit: str
+  higher_is_better: bool
+  gathered: bool
+
+  def update(self, outputs: Any, labels: Any, mask: jax.Array) -> Any:
+    """State of one batch; `mask` [B] is False for examples that do not count."""
+    ...
+
+  def merge(self, a: Any, b: Any) -> Any:
+    """State of the examples of both."""
+    ...
+
+  def compute(self, state: Any) -> float:
+    """The value as a Python float; NaN where no example counted."""
+    ...
 
 
 class Sum(NamedTuple):
@@ -34,6 +66,7 @@ class MeanMetric:
   values: Callable[[jax.Array, jax.Array], jax.Array]
   unit: str
   higher_is_better: bool
+  gathered = False
 
   def update(self, outputs: jax.Array, labels: jax.Array, mask: jax.Array) -> Sum:
     """State of one batch; `mask` [B] is False where the label is missing."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.tasks.metrics import MeanMetric
+from mtl_jax.tasks.metrics import MeanMetric, Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Task:
     num_outputs: size of the output that its head must give.
     metrics: besides the loss; the first is the one that selects the best checkpoint.
     weight: constant factor of its loss before any balancing.
+    partial: whether an example's label may be missing in part, as pixels of a mask may: loss and
+      metrics then see -1 or NaN there and leave it out, and the example counts if any part is
+      there. Otherwise an example with any part missing does not count.
   """
 
   name: str
@@ -29,42 +32,58 @@ class Task:
   label: str
   loss: Callable[[jax.Array, jax.Array], jax.Array]
   num_outputs: int
-  metrics: Sequence[MeanMetric] = ()
+  metrics: Sequence[Metric] = ()
   weight: float = 1.0
+  partial: bool = False
 
   def __post_init__(self):
     if not self.weight > 0:
       raise ValueError(f"{self.name}: weight: expected a number > 0, found {self.weight!r}")
 
   @property
-  def all_metrics(self) -> Sequence[MeanMetric]:
+  def all_metrics(self) -> Sequence[Metric]:
     """The loss as a metric, then the others."""
     return (MeanMetric("loss", self.loss, "", higher_is_better=False), *self.metrics)
 
 
-def labelled(labels: jax.Array) -> jax.Array:
-  """Which examples carry a label: [B, ...] -> [B] bool. Integer -1 and float NaN are missing.
+def present(labels: jax.Array) -> jax.Array:
+  """Which entries of labels are there; integer -1 and float NaN are missing.
+
+  >>> present(jnp.array([3, -1])).tolist(), present(jnp.array([[0.5, jnp.nan]])).tolist()
+  ([True, False], [[True, False]])
+  """
+  return ~jnp.isnan(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels >= 0
+
+
+def labelled(labels: jax.Array, partial: bool = False) -> jax.Array:
+  """Which examples carry a label: [B, ...] -> [B] bool, whole, or any part of one if `partial`.
 
   >>> labelled(jnp.array([3, -1])).tolist(), labelled(jnp.array([[0.5, jnp.nan]])).tolist()
   ([True, False], [False])
+  >>> labelled(jnp.array([[0.5, jnp.nan]]), partial=True).tolist()
+  [True]
   """
-  is_float = jnp.issubdtype(labels.dtype, jnp.floating)
-  present = ~jnp.isnan(labels) if is_float else labels >= 0
-  return present.reshape(labels.shape[0], -1).all(axis=1)
+  parts = present(labels).reshape(labels.shape[0], -1)
+  return parts.any(axis=1) if partial else parts.all(axis=1)
 
 
-def _with_placeholders(labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Labels with 0 where missing, so that no NaN is ever computed, and the mask [B]."""
-  mask = labelled(labels)
+def labels_of(task: Task, batch: Mapping[str, Mapping[str, jax.Array]]
+              ) -> tuple[jax.Array, jax.Array]:
+  """A task's labels [B, …] in a batch, and which examples count, [B].
+
+  Labels are 0 where the example does not count, so that no NaN is ever computed. An example whose
+  stream says that it is not `present` does not count, whatever its label.
+  """
+  columns = batch[task.stream]
+  if task.label not in columns:
+    raise ValueError(f"task {task.name}: expected the label {task.label!r} in stream "
+                     f"{task.stream!r}, found {sorted(columns)}")
+  labels = columns[task.label]
+  mask = labelled(labels, task.partial)
+  if "present" in columns:
+    mask &= columns["present"]
   wide = mask.reshape(mask.shape + (1,) * (labels.ndim - 1))
   return jnp.where(wide, labels, jnp.zeros_like(labels)), mask
-
-
-def _labels_of(task: Task, batch: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
-  if task.label not in batch[task.stream]:
-    raise ValueError(f"task {task.name}: expected the label {task.label!r} in stream "
-                     f"{task.stream!r}, found {sorted(batch[task.stream])}")
-  return batch[task.stream][task.label]
 
 
 def task_losses(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
@@ -82,7 +101,7 @@ def task_losses(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
   """
   losses, active = [], []
   for task in tasks:
-    labels, mask = _with_placeholders(_labels_of(task, batch))
+    labels, mask = labels_of(task, batch)
     values = jnp.where(mask, task.loss(outputs[task.name], labels).astype(jnp.float32), 0.0)
     count = mask.sum(dtype=jnp.int32)
     losses.append(task.weight * values.sum() / jnp.maximum(count, 1).astype(jnp.float32))
@@ -91,24 +110,29 @@ def task_losses(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
 
 
 def task_metrics(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
-                 batch: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str, Any]]:
-  """Metric states of one batch: `{task: {metric: state}}`, the loss among them."""
+                 batch: Mapping[str, Mapping[str, jax.Array]], *,
+                 gathered: bool = True) -> dict[str, dict[str, Any]]:
+  """Metric states of one batch: `{task: {metric: state}}`, the loss among them.
+
+  Metrics that are gathered are left out where `gathered` is False, as in training steps.
+  """
   states = {}
   for task in tasks:
-    labels, mask = _with_placeholders(_labels_of(task, batch))
+    labels, mask = labels_of(task, batch)
     states[task.name] = {metric.name: metric.update(outputs[task.name], labels, mask)
-                         for metric in task.all_metrics}
+                         for metric in task.all_metrics if gathered or not metric.gathered}
   return states
 
 
 def merge_metrics(tasks: Sequence[Task], a: dict, b: dict) -> dict:
-  """Metric states of the examples of both."""
+  """Metric states of the examples of both, of those metrics that are in them."""
   return {task.name: {metric.name: metric.merge(a[task.name][metric.name],
                                                 b[task.name][metric.name])
-                      for metric in task.all_metrics} for task in tasks}
+                      for metric in task.all_metrics if metric.name in a[task.name]}
+          for task in tasks}
 
 
 def compute_metrics(tasks: Sequence[Task], states: dict) -> dict[str, float]:
-  """Metric values by name: `{"<task>/<metric>": float}`."""
+  """Metric values by name, of those metrics that are in the states: `{"<task>/<metric>": float}`."""
   return {f"{task.name}/{metric.name}": metric.compute(states[task.name][metric.name])
-          for task in tasks for metric in task.all_metrics}
+          for task in tasks for metric in task.all_metrics if metric.name in states[task.name]}

@@ -63,7 +63,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
         variables(shared, owned, model_state), features, train=True, method="outputs",
         mutable=collections, rngs=rngs)
     losses, active = task_losses(tasks, outputs, batch)
-    return losses, (active, task_metrics(tasks, outputs, batch), final_state)
+    return losses, (active, task_metrics(tasks, outputs, batch, gathered=False), final_state)
 
   features, pull_features, model_state = jax.vjp(features_of, shared, owned, has_aux=True)
   losses, pull_losses, (active, metrics, model_state) = jax.vjp(

@@ -123,7 +123,8 @@ def test_prepares_the_archive_and_finds_the_result_again(tmp_path, monkeypatch, 
   (tmp_path / "downloads" / "manual" / ARCHIVES[name]).unlink()
   source = SOURCES[name](str(tmp_path))
   assert re.fullmatch(rf"tfds:{name}:\d+\.\d+\.\d+", source.origin)
-  assert dict(source.num_classes) == NUM_CLASSES[name]
+  assert {key: label.num_classes for key, label in source.labels.items()} == NUM_CLASSES[name]
+  assert {label.kind for label in source.labels.values()} == {"class"}
   assert tuple(source.augmentation) == ("crop", "flip")
   assert_same(source, columns)
   version = source.origin.rpartition(":")[2]

@@ -16,18 +16,18 @@ source = functools.cache(sample.digits)
 def test_schema_is_that_of_cifar(name):
   drawn = source(name)
   assert drawn.origin == "sample" and tuple(drawn.augmentation) == ()
-  assert dict(drawn.num_classes) == sample.NUM_CLASSES[name]
+  assert dict(drawn.labels) == sample.LABELS[name]
   assert {split: len(examples) for split, examples in drawn.splits.items()} == {
       "train": 10_000, "test": 2_000}
   for examples in drawn.splits.values():
     columns = examples.arrays()
-    assert set(columns) == {"image", *drawn.num_classes}
+    assert set(columns) == {"image", *drawn.labels}
     assert columns["image"].shape == (len(examples), 32, 32, 3)
     assert columns["image"].dtype == np.uint8
-    for key, classes in drawn.num_classes.items():
+    for key, label in drawn.labels.items():
       assert columns[key].dtype == np.int32
       np.testing.assert_array_equal(
-          np.bincount(columns[key], minlength=classes), len(examples) // classes)
+          np.bincount(columns[key], minlength=label.num_classes), len(examples) // label.num_classes)
 
 
 def test_coarse_label_follows_from_the_number():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mtl_jax.data import augmentation, order, splits, streams
-from mtl_jax.data.source import ArrayExamples, Source, Subset
+from mtl_jax.data.source import ArrayExamples, Label, Source, Subset
 
-CLASSES = {"s": {"label": 1000}}
+LABELS = {"s": {"label": Label("class", 1000)}}
 
 
 def numbered(size, start=0):
@@ -62,7 +62,7 @@ def test_resident_batches_depend_on_seed_and_step_alone_and_differ_by_stream():
 
 def test_grain_batches_start_anywhere_as_if_they_had_come_there():
   make = lambda start, **kwargs: streams.grain_batches(
-      {"s": numbered(20)}, 4, 0, start, num_classes=CLASSES, **kwargs)
+      {"s": numbered(20)}, 4, 0, start, labels=LABELS, **kwargs)
   from_start = [b["s"]["label"] for b in itertools.islice(make(0), 12)]
   from_seven = [b["s"]["label"] for b in itertools.islice(make(7), 5)]
   np.testing.assert_array_equal(from_start[7:], from_seven)
@@ -75,7 +75,7 @@ def test_grain_batches_start_anywhere_as_if_they_had_come_there():
 
 def test_both_engines_have_one_schema():
   examples = {"s": numbered(20)}
-  host = next(streams.grain_batches(examples, 4, 0, 0, num_classes=CLASSES))
+  host = next(streams.grain_batches(examples, 4, 0, 0, labels=LABELS))
   resident = streams.resident_batch({"s": {k: jnp.asarray(v) for k, v in
                                            examples["s"].arrays().items()}}, 4,
                                     jnp.asarray(0), jnp.asarray(0))
@@ -86,9 +86,9 @@ def test_both_engines_have_one_schema():
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_evaluation_holds_every_example_once_and_pads_with_missing_labels(num_processes):
   examples = {"long": numbered(11), "short": numbered(3, start=100)}
-  classes = {stream: {"label": 1000} for stream in examples}
+  labels = {stream: LABELS["s"] for stream in examples}
   batches = [batch for p in range(num_processes) for batch in streams.evaluation_batches(
-      examples, 4, num_classes=classes, process=p, num_processes=num_processes)]
+      examples, 4, labels=labels, process=p, num_processes=num_processes)]
   assert len(batches) == 3 * num_processes
   for stream, expected in (("long", range(11)), ("short", range(100, 103))):
     labels = np.concatenate([batch[stream]["label"] for batch in batches])
@@ -104,11 +104,11 @@ def test_a_label_out_of_range_is_named_by_every_reader(bad):
   examples = {"s": ArrayExamples(columns)}
   expected = rf"stream 's': label: expected labels 0 … 999 \(-1 where missing\), found {bad}"
   with pytest.raises(ValueError, match=expected):
-    list(itertools.islice(streams.grain_batches(examples, 4, 0, 0, num_classes=CLASSES), 2))
+    list(itertools.islice(streams.grain_batches(examples, 4, 0, 0, labels=LABELS), 2))
   with pytest.raises(ValueError, match=expected):
-    list(streams.evaluation_batches(examples, 4, num_classes=CLASSES))
+    list(streams.evaluation_batches(examples, 4, labels=LABELS))
   with pytest.raises(ValueError, match=expected):
-    streams.check_labels("s", columns, CLASSES["s"])
+    streams.check_labels("s", columns, LABELS["s"])
 
 
 def test_validation_is_cut_by_seed_and_disjoint():

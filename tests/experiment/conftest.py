@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.data import sources
-from mtl_jax.data.source import ArrayExamples, Source
+from mtl_jax.data.source import ArrayExamples, Label, Source
 from mtl_jax.experiment import build, fields, loop
 from mtl_jax.training import sharding
 
@@ -27,7 +27,8 @@ def tiny_source(name: str, *, size: int = 48, origin: str = "tiny") -> Source:
       columns["coarse_label"] = (label // 3).astype(np.int32)
     return ArrayExamples(columns)
 
-  return Source(origin, {"train": examples(size, 0), "test": examples(21, 1)}, classes,
+  return Source(origin, {"train": examples(size, 0), "test": examples(21, 1)},
+                {label: Label("class", number) for label, number in classes.items()},
                 augmentation=("shift",))
 
 

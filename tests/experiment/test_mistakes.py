@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.data import sources
-from mtl_jax.data.source import ArrayExamples, Source
+from mtl_jax.data.source import ArrayExamples, Label, Source
 from mtl_jax.errors import MissingData
 from tests.experiment.conftest import tiny_source
 
@@ -146,7 +146,7 @@ def test_an_image_of_the_wrong_shape(here, capsys, monkeypatch):
   def source(shape, dtype=np.uint8):
     columns = {"image": np.zeros((40, *shape), dtype), "label": np.zeros(40, np.int32)}
     return Source("bad", {"train": ArrayExamples(columns), "test": ArrayExamples(columns)},
-                  {"label": 4})
+                  {"label": Label("class", 4)})
   for shape, dtype, message in (
       ((8, 8), np.uint8, "expected images [H, W, C] of uint8, found [8, 8] of uint8"),
       ((8, 8, 3), np.float32, "expected images [H, W, C] of uint8, found [8, 8, 3] of float32"),
