@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 
 import mtl_jax  # noqa: E402
 from mtl_jax import balancing, models, tasks  # noqa: E402
-from mtl_jax.balancing.balancer import LEVELS, gramian_of, init_state  # noqa: E402
+from mtl_jax.balancing.balancer import LEVELS, fill_in, init_state  # noqa: E402
 from mtl_jax.training.optimizer import optimizer  # noqa: E402
 
 
@@ -48,33 +48,24 @@ def level(balancer: balancing.Balancer) -> str:
   return next(level for level in LEVELS if level in balancer.needs)
 
 
-def signals_of(num_tasks: int, parameters: int) -> balancing.Signals:
-  """Random gradients whose norms spread over two decades, and unequal losses."""
-  rng = np.random.default_rng(0)
+def gradients(num_tasks: int, parameters: int) -> jax.Array:
+  """Random gradients [T, P] whose norms spread over two decades."""
   norms = 10 ** np.linspace(-1, 1, num_tasks)[:, None]
-  rows = jnp.asarray(norms * rng.normal(size=(num_tasks, parameters)) / np.sqrt(parameters),
-                     jnp.float32)
-  return balancing.Signals(
-      losses=jnp.asarray(rng.uniform(0.5, 2, num_tasks), jnp.float32),
-      active=jnp.ones(num_tasks, bool), key=jax.random.key(0), gramian=gramian_of(rows),
-      task_grads=rows)
-
-
-def needed(balancer: balancing.Balancer, signals: balancing.Signals) -> balancing.Signals:
-  """The signals as the training step would fill them in."""
-  return signals._replace(
-      gramian=signals.gramian if "gramian" in balancer.needs else None,
-      task_grads=signals.task_grads if "task_grads" in balancer.needs else None)
+  normal = np.random.default_rng(0).normal(size=(num_tasks, parameters))
+  return jnp.asarray(norms * normal / np.sqrt(parameters), jnp.float32)
 
 
 def measure(args: argparse.Namespace) -> None:
   """Prints the milliseconds of every method."""
-  everything = signals_of(args.tasks, args.parameters)
+  rows = gradients(args.tasks, args.parameters)
+  plain = balancing.Signals(
+      losses=jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, args.tasks), jnp.float32),
+      active=jnp.ones(args.tasks, bool), key=jax.random.key(0))
   runs, times = {}, {}
   for name in balancing.METHODS:
     balancer = build(name, args.tasks)
-    signals = needed(balancer, everything)
-    state = init_state(balancer, args.tasks, everything.task_grads)
+    state = init_state(balancer, args.tasks, rows)
+    signals = fill_in(plain, balancer, state, rows)
     update = jax.jit(balancer.update)
     _, state = jax.block_until_ready(update(signals, state))
     runs[name], times[name] = [level(balancer), update, signals, state], []

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.balancing.balancer import (EXTRAS, LEVELS, Balancer, Signals, aggregate, combine,
-                                        gramian_of, init_state)
+                                        fill_in, init_state)
 
 PARAMETERS = 8  # more than some task counts, fewer than others
 TASK_COUNTS = (1, 2, 3, 11, 40)
@@ -57,17 +57,15 @@ def hard_cases(num_tasks: int) -> dict[str, np.ndarray]:
   return {name: np.asarray(case, np.float32) for name, case in cases.items()}
 
 
-def signals_of(jacobian: Any, *, active: Any = None, losses: Any = None,
-               key: Any = None) -> Signals:
-  """All that a method may ask for, about one Jacobian; losses are ones where not given."""
+def signals_of(balancer: Balancer, state: Any, jacobian: Any, *, active: Any = None,
+               losses: Any = None, key: Any = None) -> Signals:
+  """All that a method asks for, about one Jacobian; losses are ones where not given."""
   num_tasks = jax.tree.leaves(jacobian)[0].shape[0]
-  return Signals(
+  return fill_in(Signals(
       losses=jnp.ones(num_tasks, jnp.float32) if losses is None else losses,
       active=jnp.ones(num_tasks, bool) if active is None else active,
       key=jax.random.key(0) if key is None else key,
-      gramian=gramian_of(jacobian),
-      task_grads=jacobian,
-  )
+  ), balancer, state, jacobian)
 
 
 @functools.lru_cache(maxsize=512)
@@ -84,7 +82,7 @@ def decider(balancer: Balancer, num_tasks: int) -> Callable[..., tuple[Any, Any,
   def decide(jacobian, state, active, losses, key):
     traces.append(jacobian.shape)
     decision, state = balancer.update(
-        signals_of(jacobian, active=active, losses=losses, key=key), state)
+        signals_of(balancer, state, jacobian, active=active, losses=losses, key=key), state)
     direction = decision.direction
     if direction is None:
       direction = combine(jnp.where(active[:, None], jacobian, 0), decision.weights)
@@ -235,7 +233,8 @@ def check_declaration(balancer: Balancer) -> None:
 def check_state(balancer: Balancer) -> None:
   """The state keeps its shapes and dtypes, through `lax.cond` and after the step."""
   jacobian = jnp.asarray(normal(3))
-  state, signals = init_state(balancer, 3, jacobian), signals_of(jacobian)
+  state = init_state(balancer, 3, jacobian)
+  signals = signals_of(balancer, state, jacobian)
 
   def step(state):
     state = balancer.update(signals, state)[1]
@@ -307,7 +306,7 @@ def check_dtypes(balancer: Balancer) -> None:
   """
   def decide(tree, losses):
     state = init_state(balancer, 3, tree)
-    decision, _ = balancer.update(signals_of(tree, losses=losses), state)
+    decision, _ = balancer.update(signals_of(balancer, state, tree, losses=losses), state)
     return decision.weights, aggregate(balancer, tree, losses=losses)[0]
 
   def check(dtype, loss_dtype, weights_dtype):

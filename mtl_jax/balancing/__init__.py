@@ -42,6 +42,11 @@
 | `moco` | bias-corrected descent direction, Fernando et al., ICLR | 2023 | task gradients |
 | `db_mtl` | dual balancing, Lin et al. | 2023 | task gradients, losses |
 | `excess_mtl` | excess risks, He et al., ICML | 2024 | task gradients |
+| `modo` | double sampling, Chen et al., NeurIPS | 2023 | Gramian of two samples |
+| `sdmgrad` | direction-oriented descent, Xiao, Ban, Ji, NeurIPS | 2023 | Gramian of two samples |
+| `auto_lambda` | held-out losses, Liu et al., TMLR | 2022 | look-ahead |
+| `moml` | held-out losses as objectives, Ye et al., NeurIPS | 2021 | look-ahead |
+| `forum` | bi-level, first order, Ye et al., ECAI | 2024 | Gramian of two samples, look-ahead |
 
 A method is a factory that closes over its hyperparameters and returns a `Balancer`, a pair of
 pure functions. To add one, write its file and enter it in `METHODS` and in this table.
@@ -58,6 +63,7 @@ import inspect
 
 from mtl_jax.balancing import wrappers
 from mtl_jax.balancing.aligned_mtl import aligned_mtl
+from mtl_jax.balancing.auto_lambda import auto_lambda
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals, aggregate
 from mtl_jax.balancing.cagrad import cagrad
 from mtl_jax.balancing.conflict_free import conflict_free
@@ -71,6 +77,7 @@ from mtl_jax.balancing.excess_mtl import excess_mtl
 from mtl_jax.balancing.fairgrad import fairgrad
 from mtl_jax.balancing.famo import famo
 from mtl_jax.balancing.fixed import fixed
+from mtl_jax.balancing.forum import forum
 from mtl_jax.balancing.geometric import geometric
 from mtl_jax.balancing.go4align import go4align
 from mtl_jax.balancing.graddrop import graddrop
@@ -84,6 +91,8 @@ from mtl_jax.balancing.krum import krum
 from mtl_jax.balancing.ldc_mtl import ldc_mtl
 from mtl_jax.balancing.mgda import mgda
 from mtl_jax.balancing.moco import moco
+from mtl_jax.balancing.modo import modo
+from mtl_jax.balancing.moml import moml
 from mtl_jax.balancing.nash_mtl import nash_mtl
 from mtl_jax.balancing.ntkmtl import ntkmtl
 from mtl_jax.balancing.pbi import pbi
@@ -93,6 +102,7 @@ from mtl_jax.balancing.pivrg import pivrg
 from mtl_jax.balancing.random_weights import random_weights
 from mtl_jax.balancing.revised_uncertainty import revised_uncertainty
 from mtl_jax.balancing.scale_invariant import scale_invariant
+from mtl_jax.balancing.sdmgrad import sdmgrad
 from mtl_jax.balancing.stch import stch
 from mtl_jax.balancing.tchebycheff import tchebycheff
 from mtl_jax.balancing.trimmed_mean import trimmed_mean
@@ -143,15 +153,22 @@ METHODS: dict[str, Callable[..., Balancer]] = {
     "moco": moco,
     "db_mtl": db_mtl,
     "excess_mtl": excess_mtl,
+    # several parts of the batch, or a look-ahead
+    "modo": modo,
+    "sdmgrad": sdmgrad,
+    "auto_lambda": auto_lambda,
+    "moml": moml,
+    "forum": forum,
 }
 
 __all__ = [
-    "METHODS", "Balancer", "Decision", "Signals", "aggregate", "aligned_mtl", "cagrad",
-    "conflict_free", "cosmos", "cov_weighting", "db_mtl", "dualproj", "dwa", "equal", "excess_mtl",
-    "fairgrad", "famo", "fixed", "geometric", "get", "go4align", "graddrop", "gradnorm", "gradvac",
-    "group_dro", "imtl", "imtl_g", "imtl_l", "krum", "ldc_mtl", "mgda", "moco", "nash_mtl",
-    "ntkmtl", "pbi", "pcd", "pcgrad", "pivrg", "random_weights", "revised_uncertainty",
-    "scale_invariant", "stch", "tchebycheff", "trimmed_mean", "uncertainty", "upgrad",
+    "Balancer", "Decision", "METHODS", "Signals", "aggregate", "aligned_mtl", "auto_lambda",
+    "cagrad", "conflict_free", "cosmos", "cov_weighting", "db_mtl", "dualproj", "dwa", "equal",
+    "excess_mtl", "fairgrad", "famo", "fixed", "forum", "geometric", "get", "go4align",
+    "graddrop", "gradnorm", "gradvac", "group_dro", "imtl", "imtl_g", "imtl_l", "krum",
+    "ldc_mtl", "mgda", "moco", "modo", "moml", "nash_mtl", "ntkmtl", "pbi", "pcd", "pcgrad",
+    "pivrg", "random_weights", "revised_uncertainty", "scale_invariant", "sdmgrad", "stch",
+    "tchebycheff", "trimmed_mean", "uncertainty", "upgrad",
 ]
 
 

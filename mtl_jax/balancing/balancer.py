@@ -6,8 +6,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-LEVELS = ("losses", "gramian", "task_grads")
-EXTRAS = ("gradient_state", "losses_after_step")
+LEVELS = ("losses", "gramian", "cross_gramian", "task_grads")
+EXTRAS = ("gradient_state", "losses_after_step", "lookahead")
+
+
+class Ahead(NamedTuple):
+  """What a look-ahead found: steps of SGD on part 0, and what they do to the other part.
+
+  Attributes:
+    losses: [T] losses of part 0 after the steps; 0 where inactive.
+    slopes: [K, T] inner products of the gradients of the K objectives on part 1, taken after the
+      steps, with the tasks' gradients on part 0, taken before them, over all parameters; None
+      where no objectives were given.
+  """
+
+  losses: jax.Array
+  slopes: jax.Array | None = None
 
 
 class Signals(NamedTuple):
@@ -19,6 +33,9 @@ class Signals(NamedTuple):
     key: PRNG key of this step, for methods that draw.
     gramian: [T, T] inner products of the tasks' gradients, float32 or wider.
     task_grads: pytree whose leaves stack the tasks' gradients, [T, ...].
+    cross_gramian: `cross_gramian[p][q]` is [T, T], the inner products of the gradients on part p
+      of the batch with those on part q.
+    ahead: what the look-ahead found.
   """
 
   losses: jax.Array
@@ -26,6 +43,8 @@ class Signals(NamedTuple):
   key: jax.Array
   gramian: jax.Array | None = None
   task_grads: Any = None
+  cross_gramian: Any = None
+  ahead: Ahead | None = None
 
 
 class Decision(NamedTuple):
@@ -35,10 +54,30 @@ class Decision(NamedTuple):
     weights: [T] weights of the tasks' gradients; 0 where inactive. A method that returns a
       direction reports here how much of each gradient it kept.
     direction: pytree like one task's gradient, or None: the weighted sum of the gradients.
+    part_weights: [parts, T] weights of the gradients of every part, or None: `weights` are those
+      of part 0, and the other parts only informed the decision.
   """
 
   weights: jax.Array
   direction: Any = None
+  part_weights: jax.Array | None = None
+
+
+class Lookahead(NamedTuple):
+  """What a method wants tried out before it decides.
+
+  Attributes:
+    weights: `weights(state, active) -> [T]`, of the losses on part 0 that the steps descend.
+    learning_rate: of the steps, plain SGD over all parameters.
+    steps: how many.
+    objectives: `objectives(num_tasks) -> [K, T]`, weights of the tasks' losses on part 1 in each
+      objective; None where only the losses after the steps are wanted.
+  """
+
+  weights: Callable[[Any, jax.Array], jax.Array]
+  learning_rate: Any
+  steps: int = 1
+  objectives: Callable[[int], jax.Array] | None = None
 
 
 class Balancer(NamedTuple):
@@ -52,10 +91,15 @@ class Balancer(NamedTuple):
     needs: frozenset with one of `LEVELS`, and any of `EXTRAS`: the step computes exactly that.
       "gradient_state": the state holds something of the size of the task gradients.
       "losses_after_step": `after_step` wants the losses of the same batch after the step.
+      "lookahead": `lookahead` says which steps to try out before the decision.
     scale_heads: whether the weights also scale the gradients of what tasks do not share.
     scale: what comes out when all T active gradients equal g: "sum" T·g, "mean" g, "own" neither.
     after_step: `after_step(losses, active, state) -> state`, for "losses_after_step".
     due: `due(state) -> [] bool`, whether the next update looks at gradients; None where always.
+    parts: into how many parts of equal size each stream's batch is cut, as independent samples;
+      losses, Gramian and task gradients are those of part 0.
+    weighs_parts: whether the decision holds `part_weights`.
+    lookahead: for "lookahead".
   """
 
   name: str
@@ -66,6 +110,9 @@ class Balancer(NamedTuple):
   scale: str = "sum"
   after_step: Callable[[jax.Array, jax.Array, Any], Any] | None = None
   due: Callable[[Any], jax.Array] | None = None
+  parts: int = 1
+  weighs_parts: bool = False
+  lookahead: Lookahead | None = None
 
 
 def init_state(balancer: Balancer, num_tasks: int, task_grads: Any) -> Any:
@@ -92,20 +139,23 @@ def wide(*dtypes: Any) -> Any:
   return max((jnp.dtype(jnp.float32), *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
 
 
-def gramian_of(task_grads: Any) -> jax.Array:
+def gramian_of(task_grads: Any, others: Any = None) -> jax.Array:
   """Inner products [T, T] of stacked gradients, summed over all leaves in float32 or wider.
+
+  With one another, or with `others`, gradients of the same shapes taken elsewhere.
 
   >>> import jax.numpy as jnp
   >>> gramian_of({"w": jnp.array([[-4., 1., 1.], [6., 1., 1.]])}).tolist()
   [[18.0, -22.0], [-22.0, 38.0]]
   """
   leaves = jax.tree.leaves(task_grads)
+  other_leaves = leaves if others is None else jax.tree.leaves(others)
   dtype = wide(*(leaf.dtype for leaf in leaves))
 
-  def leaf_gramian(leaf):
-    rows = leaf.reshape(leaf.shape[0], -1).astype(dtype)
-    return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
-  return sum(leaf_gramian(leaf) for leaf in leaves)
+  def leaf_gramian(leaf, other):
+    rows, columns = (x.reshape(x.shape[0], -1).astype(dtype) for x in (leaf, other))
+    return jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
+  return sum(leaf_gramian(leaf, other) for leaf, other in zip(leaves, other_leaves))
 
 
 def combine(task_grads: Any, weights: jax.Array) -> Any:
@@ -124,7 +174,8 @@ def aggregate(balancer: Balancer, jacobian: Any, *, losses: jax.Array | None = N
 
   Args:
     balancer: any method.
-    jacobian: [T, P], or a pytree whose leaves stack the tasks' gradients.
+    jacobian: [T, P], or a pytree whose leaves stack the tasks' gradients; it stands for that of
+      every part of a batch.
     losses: [T] losses; ones when left out.
     active: [T] bool; all active when left out.
     state: the balancer's state; a fresh one when left out.
@@ -148,10 +199,36 @@ def aggregate(balancer: Balancer, jacobian: Any, *, losses: jax.Array | None = N
       losses=jnp.ones(num_tasks) if losses is None else losses,
       active=jnp.ones(num_tasks, bool) if active is None else active,
       key=jax.random.key(0) if key is None else key,
-      gramian=gramian_of(jacobian) if "gramian" in balancer.needs else None,
-      task_grads=jacobian if "task_grads" in balancer.needs else None,
   )
-  decision, state = balancer.update(signals, state)
+  decision, state = balancer.update(fill_in(signals, balancer, state, jacobian), state)
   if decision.direction is not None:
     return decision.direction, state
-  return combine(jacobian, decision.weights), state
+  weights = decision.weights if decision.part_weights is None else decision.part_weights.sum(axis=0)
+  return combine(jacobian, weights), state
+
+
+def fill_in(signals: Signals, balancer: Balancer, state: Any, jacobian: Any) -> Signals:
+  """Signals with all that a balancer needs, of losses that are linear with this Jacobian.
+
+  Every part of the batch has these gradients, and a look-ahead changes them no more than the
+  losses of a linear model change.
+  """
+  gramian = gramian_of(jacobian)
+  if "gramian" in balancer.needs:
+    signals = signals._replace(gramian=gramian)
+  if "task_grads" in balancer.needs:
+    signals = signals._replace(task_grads=jacobian)
+  if "cross_gramian" in balancer.needs:
+    signals = signals._replace(cross_gramian=((gramian,) * balancer.parts,) * balancer.parts)
+  if "lookahead" in balancer.needs:
+    plan = balancer.lookahead
+    both = signals.active[:, None] & signals.active[None]
+    gramian = jnp.where(both, gramian, 0)
+    weights = plan.weights(state, signals.active).astype(gramian.dtype)
+    moved = jnp.asarray(plan.learning_rate, gramian.dtype) * plan.steps * (gramian @ weights)
+    slopes = None
+    if plan.objectives:
+      slopes = plan.objectives(gramian.shape[0]).astype(gramian.dtype) @ gramian
+    signals = signals._replace(ahead=Ahead(
+        signals.losses - moved.astype(signals.losses.dtype), slopes))
+  return signals

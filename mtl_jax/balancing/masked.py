@@ -82,6 +82,46 @@ def scale_shares(log_shares: jax.Array, exponents: jax.Array, active: jax.Array)
   return jnp.where(active, jnp.maximum(moved, LOWEST_SHARE), log_shares)
 
 
+def between(matrix: jax.Array, active: jax.Array) -> jax.Array:
+  """A matrix [T, T] with 0 in the rows and columns of inactive tasks."""
+  return jnp.where(active[:, None] & active[None], matrix, 0)
+
+
+def shares(weights: jax.Array, active: jax.Array, dtype: Any) -> jax.Array:
+  """Weights [T] of a simplex, scaled to sum to one over the active tasks; 0 elsewhere."""
+  total = jnp.sum(weights, where=active)
+  scaled = (weights / jnp.where(total > 0, total, 1)).astype(dtype)
+  return jnp.where(active, jnp.where(total > 0, scaled, 1 / count(active, dtype)), 0)
+
+
+def with_shares(weights: jax.Array, new: jax.Array, active: jax.Array) -> jax.Array:
+  """Weights [T] of a simplex in which the active tasks share what they had in a new way.
+
+  >>> with_shares(jnp.array([0.5, 0.25, 0.25]), jnp.array([0.2, 0.8, 0.0]),
+  ...             jnp.array([True, True, False])).tolist()
+  [0.15000000596046448, 0.6000000238418579, 0.25]
+  """
+  total = jnp.sum(weights, where=active)
+  return jnp.where(active, (new * total.astype(new.dtype)).astype(weights.dtype), weights)
+
+
+def project_to_simplex(values: jax.Array, active: jax.Array) -> jax.Array:
+  """The nearest point to values [T] with entries `≥ 0` of sum 1; 0 where inactive.
+
+  >>> w = project_to_simplex(jnp.array([0.5, 0.1, 9., 0.1]), jnp.array([True, True, False, True]))
+  >>> [round(float(x), 4) for x in w]
+  [0.6, 0.2, 0.0, 0.2]
+  """
+  highest = jnp.max(jnp.where(active, values, -jnp.inf))
+  # Entries one below the highest or lower end at zero; how far below does not matter.
+  values = jnp.where(active, jnp.maximum(values - highest, -2), -2)
+  descending = -jnp.sort(-values)
+  number = jnp.arange(1, len(values) + 1).astype(values.dtype)
+  shifts = (jnp.cumsum(descending) - 1) / number
+  shift = shifts[jnp.sum(descending > shifts, dtype=jnp.int32) - 1]
+  return jnp.where(active, jnp.maximum(values - shift, 0), 0)
+
+
 def keep(active: jax.Array, new: Any, old: Any) -> Any:
   """The new state of active tasks and the old one of the others; leaves [T]."""
   return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)

@@ -100,18 +100,14 @@ def moco(step: float | jax.Array = 0.5, weight_step: float | jax.Array = 0.1,
     gramian = gramian_of(present)
     dtype = gramian.dtype
 
-    total = jnp.sum(state.weights, where=active)
-    even = 1 / masked.count(active, dtype)
-    weights = jnp.where(total > 0, (state.weights / jnp.where(total > 0, total, 1)).astype(dtype),
-                        even)
-    weights = jnp.where(active, weights, 0)
+    weights = masked.shares(state.weights, active, dtype)
     slope = jnp.matmul(gramian, weights, precision=jax.lax.Precision.HIGHEST)
     slope += jnp.asarray(ridge, dtype) * weights
     moved = weights - falling(weight_step, weight_step_power, count, dtype) * slope
-    back = project_to_simplex if simplex == "projection" else masked.softmax
+    back = masked.project_to_simplex if simplex == "projection" else masked.softmax
     weights = back(moved, active)
 
-    kept = jnp.where(active, (weights * total.astype(dtype)).astype(total.dtype), state.weights)
+    kept = masked.with_shares(state.weights, weights, active)
     direction = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype),
                              combine(present, weights), signals.task_grads)
     return Decision(weights, direction), MocoState(averages, kept, count)
@@ -131,20 +127,3 @@ def with_norms(grads: Any, norms: jax.Array) -> Any:
   found = jnp.sqrt(jnp.diagonal(gramian_of(grads)))
   factors = jnp.where(found > 0, norms.astype(found.dtype) / jnp.where(found > 0, found, 1), 0)
   return jax.tree.map(lambda leaf: leaf * alongside(factors, leaf).astype(leaf.dtype), grads)
-
-
-def project_to_simplex(values: jax.Array, active: jax.Array) -> jax.Array:
-  """The nearest point to values [T] with entries `≥ 0` of sum 1; 0 where inactive.
-
-  >>> w = project_to_simplex(jnp.array([0.5, 0.1, 9., 0.1]), jnp.array([True, True, False, True]))
-  >>> [round(float(x), 4) for x in w]
-  [0.6, 0.2, 0.0, 0.2]
-  """
-  highest = jnp.max(jnp.where(active, values, -jnp.inf))
-  # Entries one below the highest or lower end at zero; how far below does not matter.
-  values = jnp.where(active, jnp.maximum(values - highest, -2), -2)
-  descending = -jnp.sort(-values)
-  number = jnp.arange(1, len(values) + 1).astype(values.dtype)
-  shifts = (jnp.cumsum(descending) - 1) / number
-  shift = shifts[jnp.sum(descending > shifts, dtype=jnp.int32) - 1]
-  return jnp.where(active, jnp.maximum(values - shift, 0), 0)

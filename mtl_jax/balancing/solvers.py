@@ -42,8 +42,9 @@ def longest_step(point: jax.Array, move: jax.Array) -> jax.Array:
   return jnp.min(jnp.where(falls, -point / jnp.where(falls, move, -1), jnp.inf))
 
 
-def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array) -> jax.Array:
-  """Minimises `½ yᵀ M y - bᵀ y` over `y ≥ 0` by a primal-dual interior point.
+def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array,
+                        prices: jax.Array | None = None) -> jax.Array:
+  """Minimises `½ yᵀ M y - bᵀ y` over `y ≥ 0`, `pricesᵀ y = 1`, by a primal-dual interior point.
 
   Mehrotra's predictor and corrector, with a common step length for both. A small ridge in the
   Newton matrix, absent from the residual, keeps it positive definite where `M` is singular.
@@ -52,6 +53,7 @@ def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array) -
     matrix: [T, T] symmetric, positive semidefinite, with a diagonal of about one.
     linear: [T] the vector b; the minimum must exist.
     mask: [T] bool; coordinates that do not take part are neither read nor moved.
+    prices: [T] not negative, with a maximum of about one; without them `y` is only `≥ 0`.
 
   Returns:
     [T] the minimiser; 0 where masked.
@@ -59,22 +61,30 @@ def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array) -
   >>> y = nonnegative_minimum(jnp.eye(2), jnp.array([2., -1.]), jnp.array([True, True]))
   >>> [round(float(x), 4) for x in y]
   [2.0, 0.0]
+  >>> y = nonnegative_minimum(jnp.eye(2), jnp.array([1., 0.5]), jnp.ones(2, bool), jnp.ones(2))
+  >>> [round(float(x), 4) for x in y]
+  [0.75, 0.25]
   """
   eps = jnp.finfo(matrix.dtype).eps
   floor = eps**2
   both = mask[:, None] & mask[None]
   matrix, linear = jnp.where(both, matrix, 0), jnp.where(mask, linear, 0)
   count = jnp.maximum(jnp.sum(mask, dtype=matrix.dtype), 1)
+  prices = None if prices is None else jnp.where(mask, prices, 0)
 
   def iterate(_, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     y, z = point
     residual = jnp.matmul(matrix, y, precision=jax.lax.Precision.HIGHEST) - linear - z
     factor = jax.scipy.linalg.cho_factor(matrix + jnp.diag(z / y + 32 * eps), lower=True)
+    along = None if prices is None else jax.scipy.linalg.cho_solve(factor, prices)
 
     def newton(complement: jax.Array) -> tuple[jax.Array, jax.Array]:
       """The moves that lead, to first order, to a zero residual and y z = complement."""
       pull = jnp.where(mask, complement / y - z, 0)
       dy = jax.scipy.linalg.cho_solve(factor, jnp.where(mask, pull - residual, 0))
+      if along is not None:  # the price's multiplier takes up what the budget lacks
+        lacking = 1 - jnp.sum(prices * (jnp.where(mask, y, 0) + dy))
+        dy += lacking / jnp.maximum(jnp.sum(prices * along), jnp.finfo(dy.dtype).tiny) * along
       return dy, pull - z / y * dy
 
     gap = jnp.sum(y * z, where=mask) / count

@@ -114,9 +114,9 @@ def log_losses(balancer: Balancer) -> Balancer:
   Args:
     balancer: any method.
   """
-  if balancer.after_step:
-    raise ValueError(f"{balancer.name}: log_losses: expected a method that does not look at the "
-                     "losses after the step")
+  if balancer.after_step or balancer.parts > 1:
+    raise ValueError(f"{balancer.name}: log_losses: expected a method that looks at the losses of "
+                     "one batch, before the step")
 
   def update(signals: Signals, state: Any) -> tuple[Decision, Any]:
     safe = jnp.where(signals.active, jnp.maximum(signals.losses, 1e-8), 1)
@@ -202,9 +202,10 @@ def _within(balancer: Balancer) -> Callable[..., Any] | None:
 
 
 def _check_weights(balancer: Balancer, wrapper: str) -> None:
-  if "task_grads" in balancer.needs:
+  if "task_grads" in balancer.needs or balancer.weighs_parts:
+    found = "weighs every part of the batch" if balancer.weighs_parts else "returns a direction"
     raise ValueError(f"{balancer.name}: {wrapper}: expected a method that decides by weights, "
-                     "found one that returns a direction")
+                     f"found one that {found}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One step of training and one of evaluation: pure functions of state and batch."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.balancing import Balancer, Signals
+from mtl_jax.balancing import Balancer, Decision, Signals
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.randomness import purpose_key
-from mtl_jax.tasks import Task, task_losses, task_metrics
+from mtl_jax.tasks import Task, merge_metrics, task_metrics
+from mtl_jax.training.lookahead import look_ahead
+from mtl_jax.training.passes import Flat, Pass, PassOf, cut
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.task_gradients import Backward, balance
 
@@ -31,7 +34,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     model: gives one output a task.
     tasks: the T tasks.
     balancer: turns losses, Gramian or task gradients into the gradient of what tasks share; what
-      a task owns alone gets that task's own gradient.
+      a task owns alone gets that task's own gradient. A balancer that asks for several parts cuts
+      the batch; losses are those of part 0, metrics those of all.
     optimizer: an optax optimizer.
     gradients: engine of the task gradients, "exact" or "features".
     penalties: functions of the parameters by name, added to the loss after balancing.
@@ -40,52 +44,33 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     The next state, and logs: losses, weights, active, finite [T]; gradient_norm and update_norm [];
     metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the balancer saw the
     Gramian, gramian [T, T], NaN at steps at which it was not due to look.
+
+  Raises:
+    ValueError: where a stream has fewer examples than the balancer asks for parts.
   """
-  collections = list(state.model_state)
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
-  order = {task.name: i for i, task in enumerate(tasks)}
-  owners = {path: model.owner(path) for path in flatten_dict(state.params)}
-  params = flatten_dict(state.params)
-  shared = {path: x for path, x in params.items() if owners[path] is None}
-  owned = {path: x for path, x in params.items() if owners[path] is not None}
-
-  def variables(shared, owned, model_state):
-    return {"params": unflatten_dict({**shared, **owned}), **model_state}
-
-  def features_of(shared, owned):
-    features, model_state = model.apply(
-        variables(shared, owned, state.model_state), batch, train=True, method="features",
-        mutable=collections, rngs=rngs)
-    return {task.name: features[task.name] for task in tasks}, model_state
-
-  def losses_of(owned, features):
-    outputs, final_state = model.apply(
-        variables(shared, owned, model_state), features, train=True, method="outputs",
-        mutable=collections, rngs=rngs)
-    losses, active = task_losses(tasks, outputs, batch)
-    return losses, (active, task_metrics(tasks, outputs, batch, gathered=False), final_state)
-
-  features, pull_features, model_state = jax.vjp(features_of, shared, owned, has_aux=True)
-  losses, pull_losses, (active, metrics, model_state) = jax.vjp(
-      losses_of, owned, features, has_aux=True)
-  head_grads, feature_grads = pull_losses(jnp.ones_like(losses))
-  feature_grads = {task.name: feature_grads[task.name] for task in tasks}  # jax sorts dicts
+  of = functools.partial(PassOf, model, tasks)
+  parts, passes, model_state = cut(batch, balancer.parts), [], state.model_state
+  for number, part in enumerate(parts):
+    keys = rngs if number == 0 else {k: jax.random.fold_in(v, number) for k, v in rngs.items()}
+    passes.append(of(keys).forward(state.params, model_state, part))
+    model_state = passes[-1].model_state
+  losses, active = passes[0].losses, jnp.stack([one.active for one in passes]).all(axis=0)
 
   shared_grads, signals, decision, balancer_state = balance(
       balancer,
       Signals(losses, active, purpose_key(state.seed, "balancer", state.step)),
       state.balancer_state,
-      Backward(feature_grads, lambda cotangents: unflatten_dict(pull_features(cotangents)[0]),
-               shares_parameters=bool(shared),
+      Backward([one.feature_grads for one in passes], [one.pull_shared for one in passes],
+               lambda plan, weights: look_ahead(
+                   plan, weights, state.params,
+                   lambda params, i: of(rngs).losses(params, state.model_state, parts[i])),
+               shares_parameters=len(passes[0].own_grads) < len(flatten_dict(state.params)),
                one_stream=len({task.stream for task in tasks}) == 1,
                one_representation=model.sharing.one_representation),
       gradients)
-  # Each owned parameter reaches one loss only, so one unweighted pass serves them all.
-  scale = decision.weights if balancer.scale_heads else active.astype(losses.dtype)
-  own_grads = jax.tree.map(jnp.add, head_grads, pull_features(feature_grads)[1])
-  own_grads = {path: g * scale[order[owners[path]]].astype(g.dtype)
-               for path, g in own_grads.items()}
-  grads = unflatten_dict({**flatten_dict(shared_grads), **own_grads})
+  grads = unflatten_dict({**flatten_dict(shared_grads),
+                          **_own_grads(passes, decision, balancer, model, tasks)})
 
   penalty_values = {}
   for name, penalty in (penalties or {}).items():
@@ -95,19 +80,17 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   new_params = optax.apply_updates(state.params, updates)
   if balancer.after_step:  # on the same batch, whose statistics are not taken in twice
-    outputs, _ = model.apply({"params": new_params, **state.model_state}, batch, train=True,
-                             mutable=collections, rngs=rngs)
-    balancer_state = balancer.after_step(task_losses(tasks, outputs, batch)[0], active,
-                                         balancer_state)
+    balancer_state = balancer.after_step(
+        of(rngs).losses(new_params, state.model_state, batch), active, balancer_state)
   logs = {
       "losses": losses,
       "weights": decision.weights,
       "active": active,
-      "finite": jnp.isfinite(losses) & jnp.stack(
-          [jnp.isfinite(feature_grads[task.name]).all() for task in tasks]),
+      "finite": _finite(passes, tasks),
       "gradient_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),
-      "metrics": metrics,
+      "metrics": functools.reduce(functools.partial(merge_metrics, tasks),
+                                  [one.metrics for one in passes]),
       "penalties": penalty_values,
   }
   if signals.gramian is not None:
@@ -116,6 +99,32 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                         model_state=model_state, opt_state=opt_state,
                         balancer_state=balancer_state)
   return state, logs
+
+
+def _own_grads(passes: Sequence[Pass], decision: Decision, balancer: Balancer,
+               model: MultiTaskModel, tasks: Sequence[Task]) -> Flat:
+  """Gradients of what tasks own, each task's own times its weight where the method says so."""
+  if decision.part_weights is not None:
+    scales = decision.part_weights
+  else:
+    first = decision.weights if balancer.scale_heads else passes[0].active
+    scales = first[None]
+  order = {task.name: i for i, task in enumerate(tasks)}
+
+  def scaled(grads: Flat, scale: jax.Array) -> Flat:
+    return {path: g * scale[order[model.owner(path)]].astype(g.dtype)
+            for path, g in grads.items()}
+  parts = [scaled(one.own_grads, scale) for one, scale in zip(passes, scales)]
+  return jax.tree.map(lambda *grads: sum(grads[1:], grads[0]), *parts)
+
+
+def _finite(passes: Sequence[Pass], tasks: Sequence[Task]) -> jax.Array:
+  """Whether losses and gradients of each task are finite in all passes, [T] bool."""
+  def sound(grads: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(grads)]).all()
+  return jnp.stack([
+      jnp.isfinite(one.losses) & jnp.stack([sound(one.feature_grads[t.name]) for t in tasks])
+      for one in passes]).all(axis=0)
 
 
 def eval_step(state: TrainState, batch: Batch, *, model: MultiTaskModel,

@@ -11,57 +11,68 @@ An engine is one word, valid for every balancing method that it can serve:
             gradients' size, and bounds such as `max_norm`, then make steps of another length.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.balancing import Balancer, Decision, Signals
-from mtl_jax.balancing.balancer import combine, gramian_of
+from mtl_jax.balancing.balancer import Ahead, Lookahead, combine, gramian_of
 
 ENGINES = ("exact", "features")
+_LOOKED_FOR = {"gramian", "cross_gramian", "task_grads", "lookahead"}  # beyond the losses
 
-Features = Mapping[str, jax.Array]  # of each task, [B, ...]
+Features = Mapping[str, Any]  # of each task, arrays [B, ...]
 
 
 class Backward(NamedTuple):
-  """The backward pass of the part that tasks share.
+  """The way back through the part that tasks share, for each part of the batch.
 
   Attributes:
-    feature_grads: gradient of each task's loss with respect to its features, [B, ...].
-    pull: from cotangents of each task's features to gradients of the shared parameters.
+    feature_grads: a part: gradient of each task's loss with respect to its features, [B, ...].
+    pulls: a part: from cotangents of each task's features to gradients of the shared parameters.
+    look_ahead: from a `Lookahead` and the weights [T] of its losses to what it found.
     shares_parameters: False where nothing is shared, so that there is nothing to balance.
     one_stream: whether all tasks read the same stream.
     one_representation: whether tasks of one stream read the very same features.
   """
 
-  feature_grads: Features
-  pull: Callable[[Features], Any]
+  feature_grads: Sequence[Features]
+  pulls: Sequence[Callable[[Features], Any]]
+  look_ahead: Callable[[Lookahead, jax.Array], Ahead]
   shares_parameters: bool
   one_stream: bool
   one_representation: bool
 
+  def pull(self, weights: jax.Array, part: int = 0) -> Any:
+    """The weighted sum of the tasks' gradients on a part, by one backward pass."""
+    return self.pulls[part](weigh(self.feature_grads[part], weights))
+
 
 def _only(task: str, features: Features) -> Features:
-  return {t: x if t == task else jnp.zeros_like(x) for t, x in features.items()}
+  return {t: x if t == task else jax.tree.map(jnp.zeros_like, x) for t, x in features.items()}
 
 
 def weigh(features: Features, weights: jax.Array) -> Features:
   """Each task's entry times its weight; weights [T] in the order of the tasks."""
-  return {t: x * w.astype(x.dtype) for (t, x), w in zip(features.items(), weights)}
+  return {task: jax.tree.map(lambda x, w=weight: x * w.astype(x.dtype), entry)
+          for (task, entry), weight in zip(features.items(), weights)}
 
 
-def _exact_rows(backward: Backward) -> Any:
+def _exact_rows(backward: Backward, part: int) -> Any:
   """Gradients of the shared parameters, stacked: leaves [T, ...]."""
-  rows = [backward.pull(_only(t, backward.feature_grads)) for t in backward.feature_grads]
+  grads = backward.feature_grads[part]
+  rows = [backward.pulls[part](_only(task, grads)) for task in grads]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
-def _feature_rows(backward: Backward) -> Any:
+def _feature_rows(backward: Backward, part: int) -> Any:
   """Gradients of the representation, stacked: [T, B, ...], or [T, ...] summed over the batch."""
-  grads = backward.feature_grads.values()
-  return jnp.stack([g if backward.one_stream else g.sum(axis=0) for g in grads])
+  by_example = backward.one_stream and len(backward.pulls) == 1  # parts hold other examples
+  rows = [grads if by_example else jax.tree.map(lambda x: x.sum(axis=0), grads)
+          for grads in backward.feature_grads[part].values()]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 def check_engine(engine: str, balancer: Balancer, *, one_stream: bool, one_representation: bool,
@@ -88,53 +99,80 @@ def balance(balancer: Balancer, signals: Signals, state: Any, backward: Backward
     balancer: the method; the engine computes what its `needs` say and nothing else.
     signals: losses, active tasks and key.
     state: of the balancer.
-    backward: the backward pass of the shared part.
+    backward: the way back through the shared part.
     engine: one of `ENGINES`.
 
   Returns:
     The gradient of the shared parameters, the signals as the balancer saw them, its decision and
-    its new state. With nothing shared the Gramian is zero; where the balancer was not due to look
-    at gradients it is NaN.
+    its new state. With nothing shared inner products are zero; where the balancer was not due to
+    look they are NaN.
   """
   check_engine(engine, balancer, one_stream=backward.one_stream,
                one_representation=backward.one_representation,
                shares_parameters=backward.shares_parameters)
-  needs_rows = bool(balancer.needs & {"gramian", "task_grads"})
-  if not needs_rows:
-    decision, state = balancer.update(signals, state)
-    return backward.pull(weigh(backward.feature_grads, decision.weights)), signals, decision, state
-  if not backward.shares_parameters:
-    num_tasks = signals.losses.shape[0]
-    if "gramian" in balancer.needs:
-      signals = signals._replace(gramian=jnp.zeros((num_tasks, num_tasks)))
-    decision, state = balancer.update(signals._replace(task_grads={}), state)
-    return {}, signals, decision, state
 
-  def look(signals, state):
-    rows = _exact_rows(backward) if engine == "exact" else _feature_rows(backward)
-    if "gramian" in balancer.needs:
-      signals = signals._replace(gramian=gramian_of(rows))
-    decision, state = balancer.update(
-        signals._replace(task_grads=rows) if "task_grads" in balancer.needs else signals, state)
+  def look(signals: Signals, state: Any) -> tuple[Any, Signals, Decision, Any]:
+    signals, rows = _signals(balancer, signals, state, backward, engine)
+    decision, state = balancer.update(signals._replace(task_grads=rows), state)
     return _combined(backward, engine, rows, decision), signals, decision, state
 
-  def keep(signals, state):
-    num_tasks = signals.losses.shape[0]
-    signals = signals._replace(gramian=jnp.full((num_tasks, num_tasks), jnp.nan))
+  def keep(signals: Signals, state: Any) -> tuple[Any, Signals, Decision, Any]:
+    shapes, _ = jax.eval_shape(
+        lambda: _signals(balancer, signals, state, backward, engine))
+    unseen = {name: getattr(shapes, name) for name in ("gramian", "cross_gramian", "ahead")}
+    signals = signals._replace(**jax.tree.map(
+        lambda x: jnp.full(x.shape, jnp.nan, x.dtype), unseen))
     decision, state = balancer.update(signals, state)
-    shared = backward.pull(weigh(backward.feature_grads, decision.weights))
-    return shared, signals, decision, state
+    return _combined(backward, engine, None, decision), signals, decision, state
 
-  if balancer.due is None:
+  if balancer.due is None or not balancer.needs & _LOOKED_FOR:
     return look(signals, state)
   return jax.lax.cond(balancer.due(state), look, keep, signals, state)
 
 
+def _signals(balancer: Balancer, signals: Signals, state: Any, backward: Backward,
+             engine: str) -> tuple[Signals, Any]:
+  """Signals with what the balancer needs, and the rows of part 0 if it needs any."""
+  num_tasks, needs = signals.losses.shape[0], balancer.needs
+  parts = len(backward.pulls)
+  if "lookahead" in needs:
+    plan = balancer.lookahead
+    signals = signals._replace(ahead=backward.look_ahead(
+        plan, plan.weights(state, signals.active)))
+  if not backward.shares_parameters:
+    none = jnp.zeros((num_tasks, num_tasks))
+    return _with_products(needs, signals, lambda p, q: none, parts), {}
+  if not needs & {"gramian", "cross_gramian", "task_grads"}:
+    return signals, None
+  rows_of = _exact_rows if engine == "exact" else _feature_rows
+  rows = [rows_of(backward, part) for part in range(parts)]
+  products = lambda p, q: gramian_of(rows[p], rows[q])
+  return _with_products(needs, signals, products, parts), (
+      rows[0] if needs & {"gramian", "task_grads"} else None)
+
+
+def _with_products(needs: frozenset[str], signals: Signals,
+                   products: Callable[[int, int], jax.Array], parts: int) -> Signals:
+  """Signals with the inner products that are needed, which `products(p, q)` gives."""
+  if "gramian" in needs:
+    signals = signals._replace(gramian=products(0, 0))
+  if "cross_gramian" in needs:  # what the balancer leaves unread, XLA leaves out
+    signals = signals._replace(cross_gramian=tuple(
+        tuple(products(p, q) for q in range(parts)) for p in range(parts)))
+  return signals
+
+
 def _combined(backward: Backward, engine: str, rows: Any, decision: Decision) -> Any:
-  """The gradient of the shared parameters that a decision about these rows makes."""
-  if engine == "exact":
-    return combine(rows, decision.weights) if decision.direction is None else decision.direction
+  """The gradient of the shared parameters that a decision makes."""
+  if not backward.shares_parameters:
+    return {}
+  if decision.part_weights is not None:
+    parts = [backward.pull(weights, part) for part, weights in enumerate(decision.part_weights)]
+    return jax.tree.map(lambda *grads: sum(grads[1:], grads[0]), *parts)
   if decision.direction is None:
-    return backward.pull(weigh(backward.feature_grads, decision.weights))
-  first = next(iter(backward.feature_grads))
-  return backward.pull({**_only("", backward.feature_grads), first: decision.direction})
+    use_rows = engine == "exact" and rows is not None
+    return combine(rows, decision.weights) if use_rows else backward.pull(decision.weights)
+  if engine == "exact":
+    return decision.direction
+  first, grads = next(iter(backward.feature_grads[0])), backward.feature_grads[0]
+  return backward.pulls[0]({**_only("", grads), first: decision.direction})

@@ -132,4 +132,19 @@ TASK_GRADS = (
     Row("excess_mtl", lambda num_tasks: {"start": "update"}),
 )
 
-ROWS = LOSSES + GRAMIAN + TASK_GRADS
+PARTS = (
+    Row("modo", at_zero=mean, claims=("permutation_equivariant", "simplex")),
+    Row("modo", lambda num_tasks: {"weight_step": 0.1}, mean, claims=("simplex",)),
+    Row("sdmgrad", at_zero=mean, claims=("simplex",)),  # long steps magnify rounding
+    Row("sdmgrad", lambda num_tasks: {"weight_step": 0.1}, mean, claims=EVEN),
+    Row("sdmgrad", lambda num_tasks: {"weight_step": 0.1, "preference": (0.5,) * num_tasks},
+        lambda num_tasks: (1 / num_tasks + 0.15) / 1.3),
+    Row("auto_lambda", at_zero=lambda num_tasks: 0.1, signed=True,
+        claims=("permutation_equivariant",)),
+    Row("auto_lambda", lambda num_tasks: {"form": "softmax", "init": 0.0}, mean,
+        claims=("permutation_equivariant", "simplex")),
+    Row("moml", at_zero=mean, claims=("permutation_equivariant", "simplex")),
+    Row("forum", at_zero=mean, claims=("permutation_equivariant", "non_conflicting")),
+)
+
+ROWS = LOSSES + GRAMIAN + TASK_GRADS + PARTS

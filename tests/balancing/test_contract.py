@@ -17,7 +17,7 @@ NO_METHODS = {
 }
 SLOW = pytest.mark.slow
 IDS = [f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-") for row in ROWS]
-WHOLE_LOSSES = {"gradnorm", "excess_mtl"}  # look at gradients, and weigh the heads all the same
+WHOLE_LOSSES = {"gradnorm", "excess_mtl", "forum"}  # look at gradients, and weigh the heads all the same
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
 FIRST = {row.name: row for row in reversed(ROWS)}  # the first row of each method

@@ -18,7 +18,7 @@ import pytest
 from mtl_jax import balancing
 from mtl_jax.balancing.balancer import combine, gramian_of, init_state
 from mtl_jax.balancing.gradnorm import norm_gradient, paces
-from mtl_jax.balancing.moco import project_to_simplex
+from mtl_jax.balancing.masked import project_to_simplex
 
 J2 = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 J3 = jnp.array([[3.0, 0.0, 0.0, 1.0, 0.0],
