@@ -63,7 +63,7 @@ def every(balancer: Balancer, k: int) -> Balancer:
     weights, state = jax.lax.cond(due(state), ask, keep, state)
     return Decision(weights), state
 
-  return balancer._replace(init=init, update=update, due=due, after_step=_within(balancer))
+  return balancer._replace(init=init, update=update, due=due, **_within(balancer))
 
 
 class SmoothedState(NamedTuple):
@@ -102,7 +102,7 @@ def smoothed(balancer: Balancer, decay: float) -> Balancer:
     state = SmoothedState(inner, weights, state.seen | signals.active)
     return Decision(jnp.where(signals.active, weights, 0)), state
 
-  return balancer._replace(init=init, update=update, after_step=_within(balancer))
+  return balancer._replace(init=init, update=update, **_within(balancer))
 
 
 def log_losses(balancer: Balancer) -> Balancer:
@@ -193,12 +193,17 @@ def scale_heads(balancer: Balancer, scaled: bool) -> Balancer:
   return balancer._replace(scale_heads=scaled)
 
 
-def _within(balancer: Balancer) -> Callable[..., Any] | None:
-  """The method's look after the step, on its own state within a wrapper's."""
-  if balancer.after_step is None:
-    return None
-  return lambda losses, active, state: state._replace(
-      inner=balancer.after_step(losses, active, state.inner))
+def _within(balancer: Balancer) -> dict[str, Any]:
+  """The method's looks ahead and after the step, on its own state within a wrapper's."""
+  looks = {}
+  if balancer.after_step:
+    looks["after_step"] = lambda losses, active, state: state._replace(
+        inner=balancer.after_step(losses, active, state.inner))
+  if balancer.lookahead:
+    plan = balancer.lookahead
+    looks["lookahead"] = plan._replace(
+        weights=lambda state, active: plan.weights(state.inner, active))
+  return looks
 
 
 def _check_weights(balancer: Balancer, wrapper: str) -> None:

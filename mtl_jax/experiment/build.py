@@ -104,7 +104,8 @@ class Experiment:
     batch = self.preprocess(batch, state.seed, state.step, train=True)
     return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
                       optimizer=self.optimizer, gradients=self.config.train.gradients,
-                      penalties=self.penalties)
+                      penalties=self.penalties,
+                      diagnose_every=self.config.train.diagnose_every_steps or 0)
 
   def eval_step(self, state: Any, batch: Any) -> dict[str, Any]:
     """Metric states of a batch with uint8 images."""
@@ -163,6 +164,9 @@ def build(config: ConfigDict) -> Experiment:
   if experiment.engine == "grain" and (config.train.steps_per_call or 1) > 1:
     raise UserError("config.train.steps_per_call: expected 1 or None with data from the host (grain), "
                     f"found {config.train.steps_per_call}")
+  if batch_size < balancer.parts:
+    raise UserError(f"config.data.batch_size: expected at least {balancer.parts} examples, one for "
+                    f"each part that {balancer.name} asks for; found {batch_size}")
   _check_shapes(experiment)
   if experiment.engine == "resident":  # the grain engine checks as it reads
     _check_labels(experiment)

@@ -65,6 +65,8 @@ class TrainSection:
     steps_per_call: optimizer steps in one compiled call on resident data; 1 on CPUs and 16 on
       accelerators when None.
     gradients: engine of the task gradients, "exact" or "features".
+    diagnose_every_steps: between steps whose exact Gramian is taken for the records, whatever
+      the balancer and the engine; None for never.
   """
 
   steps: int | None = None
@@ -76,6 +78,7 @@ class TrainSection:
   log_every_steps: int = 10
   steps_per_call: int | None = None
   gradients: str = "exact"
+  diagnose_every_steps: int | None = None
 
 
 UNITS = ("steps", "epochs", "examples")

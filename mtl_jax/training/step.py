@@ -16,7 +16,7 @@ from mtl_jax.tasks import Task, merge_metrics, task_metrics
 from mtl_jax.training.lookahead import look_ahead
 from mtl_jax.training.passes import Flat, Pass, PassOf, cut
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.task_gradients import Backward, balance
+from mtl_jax.training.task_gradients import Backward, balance, diagnose
 
 Batch = Mapping[str, Mapping[str, jax.Array]]
 
@@ -24,8 +24,8 @@ Batch = Mapping[str, Mapping[str, jax.Array]]
 def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks: Sequence[Task],
                balancer: Balancer, optimizer: optax.GradientTransformation,
                gradients: str = "exact",
-               penalties: Mapping[str, Callable[[Any], jax.Array]] | None = None
-               ) -> tuple[TrainState, dict[str, Any]]:
+               penalties: Mapping[str, Callable[[Any], jax.Array]] | None = None,
+               diagnose_every: int = 0) -> tuple[TrainState, dict[str, Any]]:
   """One optimizer step on the weighted sum of the tasks' losses.
 
   Args:
@@ -39,11 +39,15 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     optimizer: an optax optimizer.
     gradients: engine of the task gradients, "exact" or "features".
     penalties: functions of the parameters by name, added to the loss after balancing.
+    diagnose_every: at each so many-th step the exact Gramian is taken for the logs, whatever the
+      balancer and the engine; 0 for never.
 
   Returns:
     The next state, and logs: losses, weights, active, finite [T]; gradient_norm and update_norm [];
     metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the balancer saw the
-    Gramian, gramian [T, T], NaN at steps at which it was not due to look.
+    Gramian or `diagnose_every` is set, gramian [T, T], NaN at steps at which it was not due. Under
+    another engine than "exact", weights_error [] says how far a diagnosed step's weights are from
+    those of the exact Gramian.
 
   Raises:
     ValueError: where a stream has fewer examples than the balancer asks for parts.
@@ -57,18 +61,17 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     model_state = passes[-1].model_state
   losses, active = passes[0].losses, jnp.stack([one.active for one in passes]).all(axis=0)
 
+  backward = Backward(
+      [one.feature_grads for one in passes], [one.pull_shared for one in passes],
+      lambda plan, weights: look_ahead(
+          plan, weights, state.params,
+          lambda params, i: of(rngs).losses(params, state.model_state, parts[i])),
+      shares_parameters=len(passes[0].own_grads) < len(flatten_dict(state.params)),
+      one_stream=len({task.stream for task in tasks}) == 1,
+      one_representation=model.sharing.one_representation)
   shared_grads, signals, decision, balancer_state = balance(
-      balancer,
-      Signals(losses, active, purpose_key(state.seed, "balancer", state.step)),
-      state.balancer_state,
-      Backward([one.feature_grads for one in passes], [one.pull_shared for one in passes],
-               lambda plan, weights: look_ahead(
-                   plan, weights, state.params,
-                   lambda params, i: of(rngs).losses(params, state.model_state, parts[i])),
-               shares_parameters=len(passes[0].own_grads) < len(flatten_dict(state.params)),
-               one_stream=len({task.stream for task in tasks}) == 1,
-               one_representation=model.sharing.one_representation),
-      gradients)
+      balancer, Signals(losses, active, purpose_key(state.seed, "balancer", state.step)),
+      state.balancer_state, backward, gradients)
   grads = unflatten_dict({**flatten_dict(shared_grads),
                           **_own_grads(passes, decision, balancer, model, tasks)})
 
@@ -95,6 +98,9 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   }
   if signals.gramian is not None:
     logs["gramian"] = signals.gramian
+  if diagnose_every:
+    logs |= diagnose(balancer, signals, state.balancer_state, decision, backward, gradients,
+                     due=(state.step + 1) % diagnose_every == 0)
   state = state.replace(step=state.step + 1, params=new_params,
                         model_state=model_state, opt_state=opt_state,
                         balancer_state=balancer_state)

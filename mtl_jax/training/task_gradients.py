@@ -130,6 +130,39 @@ def balance(balancer: Balancer, signals: Signals, state: Any, backward: Backward
   return jax.lax.cond(balancer.due(state), look, keep, signals, state)
 
 
+def diagnose(balancer: Balancer, signals: Signals, state: Any, decision: Decision,
+             backward: Backward, engine: str, due: jax.Array) -> dict[str, jax.Array]:
+  """The exact Gramian, whatever the method needs, and what the engine makes of it.
+
+  Args:
+    balancer: the method.
+    signals: as the method saw them.
+    state: of the balancer, as it was before the decision.
+    decision: the method's.
+    backward: the way back through the shared part.
+    engine: by which the decision was made.
+    due: [] bool; otherwise nothing is computed and all is NaN.
+
+  Returns:
+    gramian [T, T], that of the shared parameters on part 0; and, where the method decided on
+    another engine's Gramian, weights_error [], the largest difference of a weight from what the
+    method decides on the exact one.
+  """
+  compares = engine != "exact" and "gramian" in balancer.needs
+
+  def exact() -> dict[str, jax.Array]:
+    rows = _exact_rows(backward, 0) if backward.shares_parameters else None
+    size = signals.losses.shape[0]
+    found = {"gramian": gramian_of(rows) if rows else jnp.zeros((size, size))}
+    if compares:
+      same = balancer.update(signals._replace(gramian=found["gramian"]), state)[0]
+      found["weights_error"] = jnp.max(jnp.abs(same.weights - decision.weights))
+    return found
+
+  nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(exact))
+  return jax.lax.cond(due, exact, lambda: nothing)
+
+
 def _signals(balancer: Balancer, signals: Signals, state: Any, backward: Backward,
              engine: str) -> tuple[Signals, Any]:
   """Signals with what the balancer needs, and the rows of part 0 if it needs any."""

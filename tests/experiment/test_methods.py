@@ -28,3 +28,13 @@ def test_trains(name, tmp_path):
   for line in steps:
     assert {"a/weight", "b/weight", "gradient_norm"} <= line.keys()
     assert ("cosine" in line) == ("gramian" in experiment.balancer.needs)
+
+
+def test_diagnosed_steps_are_logged(tmp_path):
+  """Equal weights look at no gradient, and yet the records tell how the tasks' gradients lie."""
+  experiment = make(**{"balancer.name": "equal", "train.steps": 4, "train.log_every_steps": 1,
+                       "train.evaluate_every_steps": 4, "train.diagnose_every_steps": 2})
+  loop.train(experiment, tmp_path)
+  steps = [line for line in records(tmp_path) if line["split"] == "train"]
+  assert [("cosine" in line, "a/gradient_norm" in line) for line in steps] == [
+      (False, False), (True, True)] * 2

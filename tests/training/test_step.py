@@ -355,3 +355,20 @@ def test_losses_after_the_step_are_those_of_the_new_parameters():
   plain = make(trunk=models.ResNet(blocks=(1,), channels=4), opt=optax.sgd(0.1))
   expected, _ = plain[2](plain[0], batch)
   assert_close(new.model_state["batch_stats"], expected.model_state["batch_stats"])
+
+
+@pytest.mark.parametrize("name", ["equal", "mgda"])
+def test_diagnosed_steps_see_the_exact_gramian(name):
+  """Every second step, whatever the engine; and how far its weights are from the exact ones."""
+  exact_state, batch, exact, *_ = make(balancer=balancing.mgda())
+  _, expected = exact(exact_state, batch)
+  state, _, step, *_ = make(balancer=balancing.get(name), gradients="features")
+  step = jax.jit(functools.partial(step, diagnose_every=2))
+  _, logs = step(state, batch)
+  assert np.isnan(logs["gramian"]).all()
+  _, logs = step(state.replace(step=state.step + 1), batch)
+  np.testing.assert_allclose(logs["gramian"], expected["gramian"], rtol=1e-4, atol=1e-6)
+  assert ("weights_error" in logs) == (name == "mgda")
+  if name == "mgda":
+    error = np.abs(np.asarray(logs["weights"]) - np.asarray(expected["weights"])).max()
+    np.testing.assert_allclose(logs["weights_error"], error, atol=1e-4)
