@@ -55,12 +55,12 @@ def main(argv: list[str]) -> int:
   arguments, again = None, shlex.join(["python", "launch.py", *argv])
   try:
     arguments = _arguments(argv)
-    from mtl_jax.experiment import build, config, fields, loop  # after the flags: jax takes seconds
+    from mtl_jax.experiment import build, config, fields, folds, loop  # jax takes seconds
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
-    experiment = build.build(complete)
-    run = {"train": loop.train, "evaluate": loop.evaluate}[arguments.mode]
+    several = complete.data.folds and complete.data.fold is None
+    run = getattr(folds if several else loop, arguments.mode)
     try:
-      run(experiment, arguments.workdir)
+      run(complete if several else build.build(complete), arguments.workdir)
     except loop.Interrupted as interruption:
       number = interruption.args[0]
       print(f"stopped by {signal.Signals(number).name} and saved; the same command continues: "

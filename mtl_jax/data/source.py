@@ -37,7 +37,10 @@ class Label:
 
 
 class Examples(Protocol):
-  """A random-access sequence of examples: `{"image": uint8 [H, W, C], label: …}`, see `Label`."""
+  """A random-access sequence of examples: `{"image": uint8 [H, W, C], label: …}`, see `Label`.
+
+  Where the images cost much to read, a method `column(name)` gives one label of all without them.
+  """
 
   def __len__(self) -> int: ...
 
@@ -46,6 +49,13 @@ class Examples(Protocol):
   def arrays(self) -> Mapping[str, np.ndarray]:
     """All examples at once, stacked along a leading axis of length N."""
     ...
+
+
+def column(examples: Examples, name: str) -> np.ndarray:
+  """One label of all examples, stacked."""
+  if hasattr(examples, "column"):
+    return examples.column(name)
+  return np.stack([np.asarray(examples[i][name]) for i in range(len(examples))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +78,13 @@ class ArrayExamples:
     return len(next(iter(self.columns.values())))
 
   def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-    return {name: column[index] for name, column in self.columns.items()}
+    return {name: values[index] for name, values in self.columns.items()}
 
   def arrays(self) -> Mapping[str, np.ndarray]:
     return self.columns
+
+  def column(self, name: str) -> np.ndarray:
+    return self.columns[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +101,55 @@ class Subset:
     return self.examples[int(self.indices[index])]
 
   def arrays(self) -> Mapping[str, np.ndarray]:
-    return {name: column[self.indices] for name, column in self.examples.arrays().items()}
+    return {name: values[self.indices] for name, values in self.examples.arrays().items()}
+
+  def column(self, name: str) -> np.ndarray:
+    return column(self.examples, name)[self.indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+  """The examples of one sequence and then those of another, with the same columns."""
+
+  first: Examples
+  second: Examples
+
+  def __len__(self) -> int:
+    return len(self.first) + len(self.second)
+
+  def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+    size = len(self.first)
+    return self.first[index] if index < size else self.second[index - size]
+
+  def arrays(self) -> Mapping[str, np.ndarray]:
+    second = self.second.arrays()
+    return {name: np.concatenate([values, second[name]])
+            for name, values in self.first.arrays().items()}
+
+  def column(self, name: str) -> np.ndarray:
+    return np.concatenate([column(self.first, name), column(self.second, name)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+  """Examples with only some of their columns."""
+
+  examples: Examples
+  names: Sequence[str]
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+    example = self.examples[index]
+    return {name: example[name] for name in self.names}
+
+  def arrays(self) -> Mapping[str, np.ndarray]:
+    columns = self.examples.arrays()
+    return {name: columns[name] for name in self.names}
+
+  def column(self, name: str) -> np.ndarray:
+    return column(self.examples, name)
 
 
 @dataclasses.dataclass(frozen=True)

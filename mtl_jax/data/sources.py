@@ -9,6 +9,9 @@ SOURCES = {
 }
 
 
+SAMPLES = ("cifar10", "cifar100")  # those that the bundled sample can stand for
+
+
 def sample(name: str) -> Source:
   """The bundled sample in the schema of the named source."""
   from mtl_jax.data import sample as digits

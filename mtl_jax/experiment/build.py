@@ -1,9 +1,7 @@
 """From a complete config to everything that a run needs."""
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import functools
-from typing import Any
 
 from flax.traverse_util import flatten_dict
 import jax
@@ -15,224 +13,130 @@ import optax
 from mtl_jax import balancing
 from mtl_jax.balancing import Balancer
 from mtl_jax.balancing.balancer import init_state
-from mtl_jax.data import sources, streams
-from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics
-from mtl_jax.data.source import Examples, Label, Source
-from mtl_jax.data.splits import with_validation
-from mtl_jax.errors import MissingData, UserError
-from mtl_jax.experiment import sections
+from mtl_jax.data import streams
+from mtl_jax.data.source import Source, column
+from mtl_jax.errors import UserError
+from mtl_jax.experiment import datasets, sections
+from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.experiment.fields import duration_steps
+from mtl_jax.experiment.task_sections import head_arguments, num_labelled, task_of
 from mtl_jax.models import HEADS, SHARINGS, TRUNKS, MultiTaskModel
-from mtl_jax.tasks import KINDS, Task
-from mtl_jax.training import create_train_state, eval_step, train_step
+from mtl_jax.tasks import Task
 from mtl_jax.training.optimizer import SCHEDULES, optimizer
 from mtl_jax.training.penalties import PENALTIES
 from mtl_jax.training.task_gradients import check_engine
-
-_RESIDENT_BYTES = 4 * 2 ** 30
-_STATISTICS_EXAMPLES = 10_000
+from mtl_jax.training.task_weights import RULES, Rule, weigh
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-  """What a run is made of; nothing here has touched the run folder yet.
-
-  Attributes:
-    config: complete.
-    model: the model.
-    tasks: the T tasks.
-    balancer: the balancing method.
-    optimizer: with its schedule.
-    penalties: functions of the parameters by name.
-    sources: by stream, each with train, validation and test.
-    statistics: mean and deviation of each stream's channels, from train only.
-    augmentation: names by stream.
-    engine: of the data, "resident" or "grain".
-    num_steps: length of the run.
-    steps_per_epoch: of the longest stream.
-    evaluate_every: steps between evaluations.
-  """
-
-  config: ConfigDict
-  model: MultiTaskModel
-  tasks: tuple[Task, ...]
-  balancer: Balancer
-  optimizer: optax.GradientTransformation
-  penalties: Mapping[str, Callable[[Any], jax.Array]]
-  sources: Mapping[str, Source]
-  statistics: Mapping[str, Mapping[str, tuple[float, ...]]]
-  augmentation: Mapping[str, tuple[str, ...]]
-  engine: str
-  num_steps: int
-  steps_per_epoch: int
-  evaluate_every: int
-
-  @property
-  def data(self) -> dict[str, str]:
-    """Where the examples of each stream come from."""
-    return {stream: source.origin for stream, source in self.sources.items()}
-
-  @property
-  def labels(self) -> dict[str, dict[str, Label]]:
-    """The labels that a task reads, by stream, with no more classes than its head tells apart."""
-    result = {stream: {} for stream in self.sources}
-    for task in self.tasks:
-      label = result[task.stream].get(task.label) or self.sources[task.stream].labels[task.label]
-      if label.num_classes is not None:
-        label = dataclasses.replace(label, num_classes=min(label.num_classes, task.num_outputs))
-      result[task.stream][task.label] = label
-    return result
-
-  def examples(self, split: str) -> dict[str, Examples]:
-    """The examples of one split by stream."""
-    return {stream: source.splits[split] for stream, source in self.sources.items()}
-
-  def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
-    """Normalised, in training augmented, images in place of the uint8 ones."""
-    return streams.preprocess(batch, seed, step, statistics=self.statistics,
-                              augmentation=self.augmentation if train else None)
-
-  def create_state(self, seed: int) -> Any:
-    """A fresh training state."""
-    example = {stream: {"image": np.zeros((1, *np.shape(examples[0]["image"])), np.float32)}
-               for stream, examples in self.examples("train").items()}
-    return create_train_state(seed, example, model=self.model, tasks=self.tasks,
-                              balancer=self.balancer, optimizer=self.optimizer)
-
-  def train_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-    """One step on a batch with uint8 images."""
-    batch = self.preprocess(batch, state.seed, state.step, train=True)
-    return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
-                      optimizer=self.optimizer, gradients=self.config.train.gradients,
-                      penalties=self.penalties,
-                      diagnose_every=self.config.train.diagnose_every_steps or 0)
-
-  def eval_step(self, state: Any, batch: Any) -> dict[str, Any]:
-    """Metric states of a batch with uint8 images."""
-    batch = self.preprocess(batch, state.seed, state.step, train=False)
-    return eval_step(state, batch, model=self.model, tasks=self.tasks)
-
-
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, given: Mapping[str, Source] | None = None) -> Experiment:
   """Builds an experiment from a complete config, reading or preparing its data.
+
+  Args:
+    config: complete.
+    given: sources by stream that take the place of those that the config names.
 
   Raises:
     UserError: where parts do not fit each other or the data.
   """
-  loaded = {stream: _load(stream, section["name"], config.data)
-            for stream, section in config.data.streams.items()}
-  tasks = tuple(_task(name, section, loaded[section["stream"]])
+  loaded = datasets.load(config, given)
+  tasks = tuple(task_of(name, section, loaded[section["stream"]])
                 for name, section in config.tasks.items())
   unread = set(loaded) - {task.stream for task in tasks}
   if unread:
     raise UserError(f"config.data.streams: expected streams that a task reads, found that none reads "
                     f"{', '.join(sorted(unread))}")
-  loaded = {stream: _with_validation(source, config) for stream, source in loaded.items()}
   longest = max(len(source.splits["train"]) for source in loaded.values())
   batch_size = config.data.batch_size
   steps_per_epoch = max(longest // batch_size, 1)
   units = functools.partial(duration_steps, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
   num_steps = units(config.train, "", default=0)
-  if num_steps * batch_size >= 2 ** 32:
-    raise UserError(f"config.train: expected fewer than 2**32 examples a stream, found {num_steps} "
-                    f"steps of {batch_size}")
-  arguments = {name: tuple(value[task.name] for task in tasks) if isinstance(value, Mapping) else value
-               for name, value in config.balancer.to_dict().items()}
-  balancer = sections.make("config.balancer", arguments, {
-      config.balancer.name: functools.partial(balancing.get, config.balancer.name)})
-  model = _model(config, tasks)
-  try:
-    jax.eval_shape(lambda: init_state(balancer, len(tasks), jnp.zeros((len(tasks), 1))))
-  except ValueError as error:
-    raise UserError(f"config.balancer: {error}") from error
+  weights, rule = _task_weights(config, tasks, loaded)
   experiment = Experiment(
       config=config,
-      model=model,
+      model=_model(config, tasks, loaded),
       tasks=tasks,
-      balancer=balancer,
+      balancer=_balancer(config, tasks),
       optimizer=_optimizer(config.optimizer, num_steps, units),
       penalties={name: PENALTIES[name](strength) for name, strength in config.penalties.items()},
       sources=loaded,
-      statistics={stream: _statistics(source) for stream, source in loaded.items()},
-      augmentation={stream: _augmentation(config.data.augmentation, source)
+      statistics={stream: datasets.statistics(source) for stream, source in loaded.items()},
+      augmentation={stream: datasets.augmentation(config.data.augmentation, source)
                     for stream, source in loaded.items()},
-      engine=_engine(config.data.engine, loaded),
+      engine=datasets.engine(config.data.engine, loaded),
+      task_weights=weights,
+      rule=rule,
       num_steps=num_steps,
       steps_per_epoch=steps_per_epoch,
       evaluate_every=units(config.train, "evaluate_every_", default=steps_per_epoch),
   )
-  if experiment.engine == "grain" and (config.train.steps_per_call or 1) > 1:
-    raise UserError("config.train.steps_per_call: expected 1 or None with data from the host (grain), "
-                    f"found {config.train.steps_per_call}")
-  if batch_size < balancer.parts:
-    raise UserError(f"config.data.batch_size: expected at least {balancer.parts} examples, one for "
-                    f"each part that {balancer.name} asks for; found {batch_size}")
+  _check_sizes(experiment)
   _check_shapes(experiment)
   if experiment.engine == "resident":  # the grain engine checks as it reads
     _check_labels(experiment)
   return experiment
 
 
+def _check_sizes(experiment: Experiment) -> None:
+  config, balancer = experiment.config, experiment.balancer
+  batch_size = config.data.batch_size
+  if experiment.num_steps * batch_size >= 2 ** 32:
+    raise UserError("config.train: expected fewer than 2**32 examples a stream, "
+                    f"found {experiment.num_steps} steps of {batch_size}")
+  if experiment.engine == "grain" and (config.train.steps_per_call or 1) > 1:
+    raise UserError("config.train.steps_per_call: expected 1 or None with data from the host (grain), "
+                    f"found {config.train.steps_per_call}")
+  if batch_size < balancer.parts:
+    raise UserError(f"config.data.batch_size: expected at least {balancer.parts} examples, one for "
+                    f"each part that {balancer.name} asks for; found {batch_size}")
+
+
 def _check_labels(experiment: Experiment) -> None:
   for split in ("train", "validation", "test"):
     for stream, examples in experiment.examples(split).items():
       try:
-        streams.check_labels(stream, examples.arrays(), experiment.labels[stream])
+        labels = experiment.labels[stream]
+        streams.check_labels(stream, {name: column(examples, name) for name in labels}, labels)
       except ValueError as error:
         raise UserError(f"{split}: {error}") from error
 
 
-def _load(stream: str, name: str, data: ConfigDict) -> Source:
+def _balancer(config: ConfigDict, tasks: tuple[Task, ...]) -> Balancer:
+  arguments = {name: tuple(value[task.name] for task in tasks) if isinstance(value, Mapping) else value
+               for name, value in config.balancer.to_dict().items()}
+  balancer = sections.make("config.balancer", arguments, {
+      config.balancer.name: functools.partial(balancing.get, config.balancer.name)})
   try:
-    source = sources.SOURCES[name](data.dir, download=data.download)
-  except MissingData:
-    alone_on_cpu = jax.process_count() == 1 and jax.default_backend() == "cpu"
-    if data.missing == "error" or (data.missing == "auto" and not alone_on_cpu):
-      raise
-    source = sources.sample(name)
-  for split in ("train", "test"):
-    if not len(source.splits.get(split, ())):
-      raise UserError(f"stream {stream!r}: expected examples to train on and to test on, "
-                      f"found no {split} split")
-  for split, examples in source.splits.items():
-    image = examples[0]["image"]
-    if image.ndim != 3 or image.dtype != np.uint8:
-      raise UserError(f"stream {stream!r}: {split}: expected images [H, W, C] of uint8, "
-                      f"found {list(image.shape)} of {image.dtype}")
-  return source
-
-
-def _task(name: str, section: ConfigDict, source: Source) -> Task:
-  where = f"config.tasks.{name}"
-  arguments = section.to_dict()
-  arguments.pop("head")
-  label = arguments["label"]
-  if label not in source.labels:
-    raise UserError(f"{where}.label: {sections.nearest(label, sorted(source.labels))}; "
-                    f"stream {section.stream!r} has no {label!r}")
-  if arguments["num_classes"] is None:
-    arguments["num_classes"] = source.labels[label].num_classes
-  kind = arguments.pop("name")
-  try:
-    return KINDS[kind](name, **arguments)
+    jax.eval_shape(lambda: init_state(balancer, len(tasks), jnp.zeros((len(tasks), 1))))
   except ValueError as error:
-    raise UserError(f"config.tasks.{error}") from error
+    raise UserError(f"config.balancer: {error}") from error
+  return balancer
 
 
-def _with_validation(source: Source, config: ConfigDict) -> Source:
-  try:
-    return with_validation(source, config.data.validation, config.seed)
-  except ValueError as error:
-    raise UserError(f"config.data.{error}") from error
+def _task_weights(config: ConfigDict, tasks: tuple[Task, ...],
+                  loaded: Mapping[str, Source]) -> tuple[tuple[float, ...], Rule | None]:
+  """The tasks' weights at the start, and the rule where it needs losses to find them."""
+  section = config.task_weights
+  if section is None:
+    return (1.0,) * len(tasks), None
+  if "name" not in section:
+    return tuple(section[task.name] for task in tasks), None
+  rule = sections.make("config.task_weights", section, RULES)
+  if rule.reads != "sizes":
+    return (1.0,) * len(tasks), rule
+  sizes = [num_labelled(task, loaded[task.stream].splits["train"]) for task in tasks]
+  return tuple(weigh(np.asarray(sizes, float), rule.power).tolist()), None
 
 
-def _model(config: ConfigDict, tasks: tuple[Task, ...]) -> MultiTaskModel:
+def _model(config: ConfigDict, tasks: tuple[Task, ...],
+           loaded: Mapping[str, Source]) -> MultiTaskModel:
   trunk = sections.make("config.trunk", config.trunk, TRUNKS)
   sharing = sections.make("config.sharing", config.sharing, SHARINGS, trunk=trunk,
                           tasks=tuple(task.name for task in tasks))
   heads = {task.name: sections.make(f"config.tasks.{task.name}.head",
                                     config.tasks[task.name].head, HEADS,
-                                    num_outputs=task.num_outputs) for task in tasks}
+                                    **head_arguments(task, HEADS[config.tasks[task.name].head.name],
+                                                     loaded[task.stream]))
+           for task in tasks}
   return MultiTaskModel(sharing=sharing, heads=heads,
                         streams={task.name: task.stream for task in tasks})
 
@@ -260,39 +164,13 @@ def _optimizer(section: ConfigDict, num_steps: int,
                     f"found: {reason}") from error
 
 
-def _statistics(source: Source) -> Mapping[str, tuple[float, ...]]:
-  train = source.splits["train"]
-  count = min(len(train), _STATISTICS_EXAMPLES)
-  chosen = np.linspace(0, len(train) - 1, count).astype(int)
-  return channel_statistics(np.stack([train[int(i)]["image"] for i in chosen]))
-
-
-def _augmentation(setting: tuple[str, ...], source: Source) -> tuple[str, ...]:
-  names = tuple(source.augmentation if setting == ("auto",) else setting)
-  for name in names:
-    if name not in AUGMENTATIONS:
-      raise UserError(f"config.data.augmentation: "
-                      f"{sections.nearest(name, ['auto', *AUGMENTATIONS])}; found {name!r}")
-  return names
-
-
-def _engine(setting: str, loaded: Mapping[str, Source]) -> str:
-  if setting != "auto":
-    return setting
-  size = sum(len(source.splits["train"]) * source.splits["train"][0]["image"].nbytes
-             for source in loaded.values())
-  return "resident" if size <= _RESIDENT_BYTES else "grain"
-
-
 def _check_shapes(experiment: Experiment) -> None:
   """Traces the model once, so that what does not fit is known before anything runs."""
   try:
     state = jax.eval_shape(lambda: experiment.create_state(0))
   except (ValueError, TypeError, ZeroDivisionError) as error:
-    shapes = {stream: list(examples[0]["image"].shape)
-              for stream, examples in experiment.examples("train").items()}
     reason = str(error).split("\n")[0]
-    raise UserError(f"config.trunk: {reason} (images are {shapes})") from error
+    raise UserError(f"config.trunk: {reason} (images are {experiment.shapes})") from error
   model = experiment.model
   try:
     check_engine(experiment.config.train.gradients, experiment.balancer,

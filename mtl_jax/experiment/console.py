@@ -35,12 +35,20 @@ class Console:
     """One line that stands out."""
     self._out.print(f"warning: {text}", style="bold yellow", markup=False)
 
-  def data_banner(self, data: Mapping[str, str]) -> None:
-    """Says where the examples come from, unmistakably where they are the bundled sample."""
+  def data_banner(self, data: Mapping[str, str],
+                  reports: Mapping[str, Mapping[str, int]] | None = None) -> None:
+    """Says where the examples come from, unmistakably where they are the bundled sample.
+
+    Args:
+      data: origin of each stream.
+      reports: what was wrong with the data of each stream, and how many times.
+    """
     sampled = [stream for stream, origin in data.items() if origin == "sample"]
     for stream, origin in data.items():
       if origin != "sample":
         self.say(f"stream {stream}: {origin}")
+      for problem, count in (reports or {}).get(stream, {}).items():
+        self.warn(f"stream {stream}: {count} × {problem}")
     if sampled:
       self._out.print(Panel(
           f"SAMPLE DATA for {', '.join(sampled)}: rendered handwritten digits, not CIFAR.\n"
@@ -93,4 +101,17 @@ class Console:
         table.add_row(task.name, summary["data"][task.stream], metric.name,
                       _shown(summary["validation"][name], metric.unit),
                       _shown(summary["test"][name], metric.unit))
+    self._out.print(table)
+
+  def folds(self, summary: Mapping, tasks: Sequence[Task]) -> None:
+    """The table of a cross-validation."""
+    table = Table(title=f"{summary['folds']} folds, each held out once"
+                  + (" (SAMPLE DATA)" if "sample" in summary["data"].values() else ""))
+    for name, justify in (("task", "left"), ("metric", "left"), ("mean", "right"), ("std", "right")):
+      table.add_column(name, justify=justify)
+    for task in tasks:
+      for metric in task.all_metrics:
+        found = summary["test"][f"{task.name}/{metric.name}"]
+        table.add_row(task.name, metric.name, _shown(found["mean"], metric.unit),
+                      _shown(found["std"], metric.unit))
     self._out.print(table)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mtl_jax.data import streams
 from mtl_jax.errors import UserError
-from mtl_jax.experiment.build import Experiment
+from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.tasks import Task, compute_metrics, merge_metrics
 from mtl_jax.training.sharding import sharded_eval, split
 
@@ -59,15 +59,25 @@ def on_devices(batch: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def score(experiment: Experiment, metrics: dict[str, float]) -> float:
+def score(experiment: Experiment, metrics: dict[str, float],
+          first: dict[str, float]) -> float:
   """What selects the best checkpoint: the mean over tasks of each one's first metric.
 
-  A metric for which lower is better counts negatively; a task without labels not at all.
+  Where the tasks' first metrics have one unit and direction, their values are averaged; else, how
+  much each has gained since the first evaluation, relative to its size there. A task without
+  labels does not count.
+
+  Args:
+    experiment: whose tasks they are.
+    metrics: on validation.
+    first: those of the first evaluation.
   """
+  firsts = {task.name: (*task.metrics, *task.all_metrics)[0] for task in experiment.tasks}
+  alike = len({(metric.unit, metric.higher_is_better) for metric in firsts.values()}) == 1
   values = []
-  for task in experiment.tasks:
-    metric = (*task.metrics, *task.all_metrics)[0]
-    value = metrics[f"{task.name}/{metric.name}"]
+  for task, metric in firsts.items():
+    name = f"{task}/{metric.name}"
+    value = metrics[name] if alike else (metrics[name] - first[name]) / max(abs(first[name]), 1e-6)
     if math.isfinite(value):
       values.append(value if metric.higher_is_better else -value)
   return sum(values) / len(values) if values else -math.inf

@@ -15,8 +15,9 @@ from mtl_jax.models import HEADS, SHARINGS, TRUNKS
 from mtl_jax.tasks import KINDS
 from mtl_jax.training.optimizer import MASKS, OPTIMIZERS, SCHEDULES, optimizer
 from mtl_jax.training.penalties import PENALTIES
+from mtl_jax.training.task_weights import RULES
 
-SECTIONS = ("seed", "data", "tasks", "trunk", "sharing", "balancer", "optimizer", "penalties",
+SECTIONS = ("seed", "data", "tasks", "task_weights", "trunk", "sharing", "balancer", "optimizer", "penalties",
             "train")
 
 
@@ -33,6 +34,8 @@ class DataSection:
     download: whether missing archives may be downloaded.
     engine: "resident" on the device, "grain" from the host, or "auto" by size.
     validation: fraction of train that becomes validation where a source brings none.
+    folds: of k-fold cross-validation on train, each run in turn; None for one run.
+    fold: the one that is held out as test; None for all in turn.
     augmentation: names, () for none, or ("auto",) for what suits the source.
     evaluation_batch_size: examples of each stream; batch_size times 4 when None.
     threads: that read ahead for the grain engine.
@@ -45,6 +48,8 @@ class DataSection:
   download: bool = True
   engine: str = "auto"
   validation: float = 0.1
+  folds: int | None = None
+  fold: int | None = None
   augmentation: tuple[str, ...] = ("auto",)
   evaluation_batch_size: int | None = None
   threads: int = 2
@@ -110,6 +115,7 @@ def complete(config: ConfigDict) -> ConfigDict:
   }
   result["tasks"] = {name: _task(name, task, result["data"]["streams"])
                      for name, task in found["tasks"].items()}
+  result["task_weights"] = _task_weights(found.get("task_weights"), found["tasks"])
   sections.check_sizes("config.trunk", result["trunk"])
   sections.check_sizes("config.train", result["train"])
   if not 0 <= result["seed"] < 2 ** 32:
@@ -121,7 +127,8 @@ def complete(config: ConfigDict) -> ConfigDict:
 
 def _data(found: Mapping[str, Any]) -> dict[str, Any]:
   data = sections.arguments_of("config.data", DataSection, found)
-  sections.check_sizes("config.data", data)
+  sections.check_sizes("config.data", {key: data[key] for key in data if key != "fold"})
+  _check_folds(data["folds"], data["fold"])
   for field, known in (("missing", ("auto", "error", "sample")),
                        ("engine", ("auto", "resident", "grain"))):
     if data[field] not in known:
@@ -137,6 +144,31 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
                                 given=("dir", "download"))
       for stream, section in data["streams"].items()}
   return data
+
+
+def _check_folds(folds: int | None, fold: int | None) -> None:
+  if folds == 1:
+    raise UserError("config.data.folds: expected at least 2, found 1")
+  if fold is not None and not (folds and 0 <= fold < folds):
+    raise UserError(f"config.data.fold: expected one of 0 … config.data.folds - 1, found {fold} of "
+                    f"{folds}")
+
+
+def _task_weights(found: Any, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
+  where = "config.task_weights"
+  if found is None:
+    return None
+  if not isinstance(found, Mapping):
+    raise UserError(f"{where}: expected one weight for each of {', '.join(tasks)}, or a section "
+                    f"with a name, {sections.nearest('', list(RULES))}; found {found!r}")
+  if "name" in found:
+    return sections.complete(where, found, RULES)
+  weights = dict(zip(tasks, _as_tuples("config", {"task_weights": found}, tasks)["task_weights"]))
+  for task, weight in weights.items():
+    weights[task] = sections.coerce(f"{where}.{task}", weight, float)
+    if not weights[task] > 0:
+      raise UserError(f"{where}.{task}: expected a number > 0, found {weight!r}")
+  return weights
 
 
 def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:

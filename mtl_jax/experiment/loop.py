@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mtl_jax.errors import UserError
-from mtl_jax.experiment.build import Experiment
+from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.console import Console
 from mtl_jax.experiment.events import EventFile
@@ -24,6 +24,7 @@ from mtl_jax.experiment.run_folder import MetricsFile, RunFolder, without_nan
 from mtl_jax.experiment.stepper import stepper, steps_per_call
 from mtl_jax.tasks import compute_metrics
 from mtl_jax.training.sharding import check_divides, create_sharded, data_mesh, replicated
+from mtl_jax.training.task_weights import weigh
 
 
 class Interrupted(Exception):
@@ -48,7 +49,7 @@ def train(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, 
   folder = RunFolder(workdir, writes=first)
   console = Console(quiet=not first)
   mesh = _mesh(experiment)
-  console.data_banner(experiment.data)
+  console.data_banner(experiment.data, experiment.reports)
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(folder))
     folder.open(experiment.config.to_dict(), experiment.data)
@@ -125,7 +126,8 @@ class _Run:
   """One run from its first or restored state to its end.
 
   What moves besides the training state is in `record`, saved with every checkpoint: bytes of
-  metrics.jsonl, seconds so far, the best step with its score and metrics, and the data.
+  metrics.jsonl, seconds so far, the best step with its score and metrics, those of the first
+  evaluation, and the data.
   """
 
   def __init__(self, experiment: Experiment, mesh: Mesh, folder: RunFolder,
@@ -133,7 +135,8 @@ class _Run:
     self._experiment, self._mesh, self._folder = experiment, mesh, folder
     self._checkpoints, self._console = checkpoints, console
     self._record = {"metrics_bytes": 0, "wall_seconds": 0.0, "best_step": None,
-                    "best_score": -math.inf, "best_metrics": {}, "data": experiment.data}
+                    "best_score": -math.inf, "best_metrics": {}, "first_metrics": None,
+                    "data": experiment.data}
     restored = checkpoints.restore_latest(_abstract_state(experiment, mesh), console.warn)
     if restored is None:
       self._step = 0
@@ -153,6 +156,10 @@ class _Run:
     self._events = stack.enter_context(contextlib.closing(
         EventFile(folder.path, self._step + 1))) if writes else None
     self._evaluate = evaluator(experiment, mesh)
+    if restored is None and experiment.rule:
+      first = self._record["first_metrics"] = self._evaluate(self._state, "validation")
+      self._write({**self._header(0, "validation"), **first})
+      self._weigh_tasks(first)
     self._steps = stepper(experiment, mesh, self._step, stack)
 
   def to_the_end(self, stop: Sequence[int]) -> None:
@@ -244,10 +251,23 @@ class _Run:
                     f"gradient {where} not finite; {kept}\n"
                     "a lower config.optimizer.learning_rate or config.optimizer.clip_norm may help")
 
+  def _weigh_tasks(self, metrics: dict[str, float]) -> None:
+    """Sets the tasks' weights by the rule, from validation metrics."""
+    rule, tasks = self._experiment.rule, self._experiment.tasks
+    losses = np.array([metrics[f"{task.name}/loss"] for task in tasks])
+    if rule.reads == "relative_losses":
+      losses /= [self._record["first_metrics"][f"{task.name}/loss"] for task in tasks]
+    weights = np.asarray(weigh(losses, rule.power), np.float32)
+    self._state = self._state.replace(
+        task_weights=jax.device_put(weights, replicated(self._mesh)))
+
   def _validate(self) -> None:
     metrics = self._evaluate(self._state, "validation")
+    self._record["first_metrics"] = self._record["first_metrics"] or metrics
     record = {**self._header(self._step, "validation"), **metrics}
-    value = score(self._experiment, metrics)
+    value = score(self._experiment, metrics, self._record["first_metrics"])
+    if self._experiment.rule and self._experiment.rule.reads == "relative_losses":
+      self._weigh_tasks(metrics)
     is_best = self._record["best_step"] is None or value > self._record["best_score"]
     if is_best:
       self._record |= {"best_step": self._step, "best_score": value, "best_metrics": metrics}
@@ -266,6 +286,8 @@ def _train_values(experiment: Experiment, logs: dict[str, Any]) -> dict[str, flo
   values = compute_metrics(experiment.tasks, logs["metrics"])
   for i, task in enumerate(experiment.tasks):
     values[f"{task.name}/weight"] = float(logs["weights"][i])
+    if experiment.config.task_weights:
+      values[f"{task.name}/task_weight"] = float(logs["task_weights"][i])
   for name, value in logs["penalties"].items():
     values[f"penalty/{name}"] = float(value)
   values["gradient_norm"] = float(logs["gradient_norm"])

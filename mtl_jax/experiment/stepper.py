@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mtl_jax.data import streams
 from mtl_jax.errors import UserError
-from mtl_jax.experiment.build import Experiment
+from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.experiment.evaluation import on_devices
 from mtl_jax.training.sharding import replicated, sharded_resident_steps, sharded_step
 

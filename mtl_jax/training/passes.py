@@ -38,10 +38,11 @@ class Pass(NamedTuple):
 
 
 class PassOf(NamedTuple):
-  """What a pass is made of besides parameters and batch: model, tasks and random keys."""
+  """What a pass is made of besides parameters and batch: model, tasks, their weights, keys."""
 
   model: MultiTaskModel
   tasks: Sequence[Task]
+  task_weights: jax.Array
   rngs: Mapping[str, jax.Array]
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
@@ -62,7 +63,7 @@ class PassOf(NamedTuple):
       variables = {"params": unflatten_dict({**shared, **owned}), **middle_state}
       outputs, new_state = apply(variables, features, method="outputs")
       losses, active = task_losses(tasks, outputs, batch)
-      return losses, (active, task_metrics(tasks, outputs, batch, gathered=False), new_state)
+      return losses * self.task_weights, (active, task_metrics(tasks, outputs, batch, gathered=False), new_state)
 
     features, pull, middle_state = jax.vjp(features_of, shared, owned, has_aux=True)
     losses, pull_losses, (active, metrics, new_state) = jax.vjp(
@@ -78,7 +79,7 @@ class PassOf(NamedTuple):
     """Losses [T] of a pass in training mode that leaves no trace."""
     outputs, _ = self.model.apply({"params": params, **model_state}, batch, train=True,
                                   mutable=list(model_state), rngs=self.rngs)
-    return task_losses(self.tasks, outputs, batch)[0]
+    return task_losses(self.tasks, outputs, batch)[0] * self.task_weights
 
 
 def cut(batch: Mapping[str, Mapping[str, jax.Array]], parts: int) -> list[Any]:

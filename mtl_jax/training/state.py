@@ -25,6 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
     model_state: the model's other variables by collection, such as BatchNorm's statistics.
     opt_state: of the optimizer.
     balancer_state: of the balancer.
+    task_weights: [T] factors of the losses before any balancing.
     seed: [] uint32; all randomness is drawn from it, the purpose and the step.
   """
 
@@ -33,12 +34,14 @@ class TrainState(flax.struct.PyTreeNode):
   model_state: Any
   opt_state: Any
   balancer_state: Any
+  task_weights: jax.Array
   seed: jax.Array
 
 
 def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[str, jax.Array]],
                        *, model: MultiTaskModel, tasks: Sequence[Task], balancer: Balancer,
-                       optimizer: optax.GradientTransformation) -> TrainState:
+                       optimizer: optax.GradientTransformation,
+                       task_weights: jax.typing.ArrayLike = 1.0) -> TrainState:
   """A fresh training state.
 
   Args:
@@ -48,6 +51,7 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
     tasks: the T tasks; each needs a head in the model.
     balancer: the balancing method.
     optimizer: an optax optimizer.
+    task_weights: one factor of the losses, or [T].
 
   Raises:
     ValueError: where tasks and heads do not match.
@@ -67,6 +71,7 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
       opt_state=optimizer.init(params),
       # A method may start two numbers as one array, which could not be donated.
       balancer_state=jax.tree.map(jnp.copy, balancer_state),
+      task_weights=jnp.full(len(tasks), jnp.asarray(task_weights, jnp.float32)),
       seed=jnp.asarray(seed, jnp.uint32),
   )
 

@@ -43,7 +43,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       balancer and the engine; 0 for never.
 
   Returns:
-    The next state, and logs: losses, weights, active, finite [T]; gradient_norm and update_norm [];
+    The next state, and logs: losses, weights, task_weights, active, finite [T]; gradient_norm and update_norm [];
     metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the balancer saw the
     Gramian or `diagnose_every` is set, gramian [T, T], NaN at steps at which it was not due. Under
     another engine than "exact", weights_error [] says how far a diagnosed step's weights are from
@@ -53,7 +53,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     ValueError: where a stream has fewer examples than the balancer asks for parts.
   """
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
-  of = functools.partial(PassOf, model, tasks)
+  of = functools.partial(PassOf, model, tasks, state.task_weights)
   parts, passes, model_state = cut(batch, balancer.parts), [], state.model_state
   for number, part in enumerate(parts):
     keys = rngs if number == 0 else {k: jax.random.fold_in(v, number) for k, v in rngs.items()}
@@ -89,6 +89,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       "losses": losses,
       "weights": decision.weights,
       "active": active,
+      "task_weights": state.task_weights,
       "finite": _finite(passes, tasks),
       "gradient_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),

@@ -148,8 +148,8 @@ def test_an_image_of_the_wrong_shape(here, capsys, monkeypatch):
     return Source("bad", {"train": ArrayExamples(columns), "test": ArrayExamples(columns)},
                   {"label": Label("class", 4)})
   for shape, dtype, message in (
-      ((8, 8), np.uint8, "expected images [H, W, C] of uint8, found [8, 8] of uint8"),
-      ((8, 8, 3), np.float32, "expected images [H, W, C] of uint8, found [8, 8, 3] of float32"),
+      ((8, 8), np.uint8, "of float32; found [8, 8] of uint8"),
+      ((8, 8, 3), np.float64, "or numbers of float32; found [8, 8, 3] of float64"),
       ((2, 2, 3), np.uint8, "config.trunk: cnn: images: expected at least 4 pixels a side"),
   ):
     monkeypatch.setitem(sources.SOURCES, "cifar10",

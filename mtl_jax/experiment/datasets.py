@@ -1,0 +1,93 @@
+"""From `config.data` to sources with their splits, and what training must know of them."""
+
+from collections.abc import Mapping
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from mtl_jax.data import sources
+from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics
+from mtl_jax.data.source import Source
+from mtl_jax.data.splits import with_fold, with_validation
+from mtl_jax.errors import MissingData, UserError
+from mtl_jax.experiment import sections
+
+_RESIDENT_BYTES = 4 * 2 ** 30
+_STATISTICS_EXAMPLES = 10_000
+
+
+def load(config: ConfigDict, given: Mapping[str, Source] | None = None) -> dict[str, Source]:
+  """The source of each stream, with train, validation and test.
+
+  Args:
+    config: complete.
+    given: sources by stream that take the place of those that the config names.
+
+  Raises:
+    UserError: where data is missing or does not fit.
+  """
+  loaded = {}
+  for stream, section in config.data.streams.items():
+    source = (given or {}).get(stream) or _source(section, config.data)
+    try:
+      if config.data.fold is not None:
+        source = with_fold(source, config.data.folds, config.data.fold, config.seed)
+      _check(stream, source)
+      loaded[stream] = with_validation(source, config.data.validation, config.seed)
+    except ValueError as error:
+      raise UserError(f"config.data.{error}") from error
+  return loaded
+
+
+def _source(section: ConfigDict, data: ConfigDict) -> Source:
+  arguments = {key: value for key, value in section.items() if key != "name"}
+  try:
+    return sources.SOURCES[section.name](data.dir, download=data.download, **arguments)
+  except MissingData:
+    alone_on_cpu = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    wanted = data.missing == "sample" or (data.missing == "auto" and alone_on_cpu)
+    if not wanted or section.name not in sources.SAMPLES:
+      raise
+    return sources.sample(section.name)
+
+
+def _check(stream: str, source: Source) -> None:
+  """Raises UserError unless there are examples with an image that a step can take."""
+  for split in ("train", "test"):
+    if not len(source.splits.get(split, ())):
+      raise UserError(f"stream {stream!r}: expected examples to train on and to test on, "
+                      f"found no {split} split")
+  for split, examples in source.splits.items():
+    image = examples[0]["image"]
+    if not (image.dtype == np.float32 or (image.ndim == 3 and image.dtype == np.uint8)):
+      raise UserError(f"stream {stream!r}: {split}: expected images [H, W, C] of uint8, or numbers "
+                      f"of float32; found {list(image.shape)} of {image.dtype}")
+
+
+def statistics(source: Source) -> Mapping[str, tuple[float, ...]]:
+  """Mean and deviation of each channel over train."""
+  train = source.splits["train"]
+  count = min(len(train), _STATISTICS_EXAMPLES)
+  chosen = np.linspace(0, len(train) - 1, count).astype(int)
+  return channel_statistics(np.stack([train[int(i)]["image"] for i in chosen]))
+
+
+def augmentation(setting: tuple[str, ...], source: Source) -> tuple[str, ...]:
+  """Names of a stream's augmentations, its source's own for "auto"."""
+  names = tuple(source.augmentation if setting == ("auto",) else setting)
+  for name in names:
+    if name not in AUGMENTATIONS:
+      raise UserError(f"config.data.augmentation: "
+                      f"{sections.nearest(name, ['auto', *AUGMENTATIONS])}; found {name!r}")
+  return names
+
+
+def engine(setting: str, loaded: Mapping[str, Source]) -> str:
+  """The data engine, by the size of all examples for "auto"."""
+  if setting != "auto":
+    return setting
+  size = sum(len(source.splits["train"]) * sum(np.asarray(column).nbytes for column in
+                                               source.splits["train"][0].values())
+             for source in loaded.values())
+  return "resident" if size <= _RESIDENT_BYTES else "grain"

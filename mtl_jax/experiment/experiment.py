@@ -1,0 +1,119 @@
+"""What a run is made of."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from mtl_jax.balancing import Balancer
+from mtl_jax.data import streams
+from mtl_jax.data.source import Columns, Examples, Label, Source
+from mtl_jax.models import MultiTaskModel
+from mtl_jax.tasks import Task
+from mtl_jax.training import create_train_state, eval_step, train_step
+from mtl_jax.training.task_weights import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a run is made of; nothing here has touched the run folder yet.
+
+  Attributes:
+    config: complete.
+    model: the model.
+    tasks: the T tasks.
+    balancer: the balancing method.
+    optimizer: with its schedule.
+    penalties: functions of the parameters by name.
+    sources: by stream, each with train, validation and test.
+    statistics: mean and deviation of each stream's channels, from train only.
+    augmentation: names by stream.
+    engine: of the data, "resident" or "grain".
+    task_weights: of each task before any balancing, at the start.
+    rule: by which the task weights are found from losses, or None.
+    num_steps: length of the run.
+    steps_per_epoch: of the longest stream.
+    evaluate_every: steps between evaluations.
+  """
+
+  config: ConfigDict
+  model: MultiTaskModel
+  tasks: tuple[Task, ...]
+  balancer: Balancer
+  optimizer: optax.GradientTransformation
+  penalties: Mapping[str, Callable[[Any], jax.Array]]
+  sources: Mapping[str, Source]
+  statistics: Mapping[str, Mapping[str, tuple[float, ...]]]
+  augmentation: Mapping[str, tuple[str, ...]]
+  engine: str
+  task_weights: tuple[float, ...]
+  rule: Rule | None
+  num_steps: int
+  steps_per_epoch: int
+  evaluate_every: int
+
+  @functools.cached_property
+  def shapes(self) -> dict[str, list[int]]:
+    """Shape of one image of each stream."""
+    return {stream: list(np.shape(source.splits["train"][0]["image"]))
+            for stream, source in self.sources.items()}
+
+  @property
+  def data(self) -> dict[str, str]:
+    """Where the examples of each stream come from."""
+    return {stream: source.origin for stream, source in self.sources.items()}
+
+  @property
+  def reports(self) -> dict[str, Mapping[str, int]]:
+    """What was wrong with the data of each stream, with how many times."""
+    return {stream: source.report for stream, source in self.sources.items()}
+
+  @property
+  def labels(self) -> dict[str, dict[str, Label]]:
+    """The labels that a task reads, by stream, with no more classes than its head tells apart."""
+    result = {stream: {} for stream in self.sources}
+    for task in self.tasks:
+      if task.label == "image":
+        continue
+      label = result[task.stream].get(task.label) or self.sources[task.stream].labels[task.label]
+      if label.num_classes is not None:
+        label = dataclasses.replace(label, num_classes=min(label.num_classes, task.num_outputs))
+      result[task.stream][task.label] = label
+    return result
+
+  def examples(self, split: str) -> dict[str, Examples]:
+    """The examples of one split by stream, with the labels that a task reads and no others."""
+    return {stream: Columns(source.splits[split], ("image", *self.labels[stream]))
+            for stream, source in self.sources.items()}
+
+  def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
+    """Normalised, in training augmented, images in place of the uint8 ones."""
+    return streams.preprocess(batch, seed, step, statistics=self.statistics,
+                              augmentation=self.augmentation if train else None)
+
+  def create_state(self, seed: int) -> Any:
+    """A fresh training state."""
+    example = {stream: {"image": np.zeros((1, *self.shapes[stream]), np.float32)}
+               for stream in self.sources}
+    return create_train_state(seed, example, model=self.model, tasks=self.tasks,
+                              balancer=self.balancer, optimizer=self.optimizer,
+                              task_weights=jnp.asarray(self.task_weights, jnp.float32))
+
+  def train_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    """One step on a batch with uint8 images."""
+    batch = self.preprocess(batch, state.seed, state.step, train=True)
+    return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
+                      optimizer=self.optimizer, gradients=self.config.train.gradients,
+                      penalties=self.penalties,
+                      diagnose_every=self.config.train.diagnose_every_steps or 0)
+
+  def eval_step(self, state: Any, batch: Any) -> dict[str, Any]:
+    """Metric states of a batch with uint8 images."""
+    batch = self.preprocess(batch, state.seed, state.step, train=False)
+    return eval_step(state, batch, model=self.model, tasks=self.tasks)
