@@ -1,0 +1,189 @@
+"""Folders of images: classes by folder, or labels out of a table.
+
+    <path>/<split>/<class>/…/x.jpg    splits train, val, test (training, valid, validation, testing)
+    <path>/<class>/…/x.jpg            no splits; LFW's <person>/<person>_0001.jpg is one of these
+    <path>/…/x.jpg and a CSV file     labels="labels.csv", see `label_table`
+
+Where nothing else is said the class is the folder right below the split, whatever is nested in it, and
+is called `label`. `levels=("shape", "colour")` names the folders from the outside in, one label each.
+With a table, class folders count only if `levels` names them.
+
+Rules beyond those of `image_files` and `label_table`:
+
+| what is wrong | what is done | in the report |
+|---|---|---|
+| file not below a folder for each level | left out | "file outside any class folder" |
+| file beside the split folders | left out | "file outside the split folders" |
+| class folder without a usable image | no class | "class without a usable image (left out)" |
+| class in validation or test only | a class all the same | "class without a training image" |
+| fewer than two classes in a level | refused | |
+| two folders for one split, or validation or test folders without a train folder | refused | |
+| split folder without a file for any class | refused | |
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+
+import numpy as np
+
+from mtl_jax.data import image_files, label_table
+from mtl_jax.data.image_files import SPLITS
+from mtl_jax.data.images import reading
+from mtl_jax.data.source import Label, Source
+from mtl_jax.errors import UserError
+
+
+def image_folder(dir: str | os.PathLike[str], *, download: bool = True, path: str,
+                 size: int | tuple[int, ...], fit: str = "crop", channels: int = 3,
+                 background: str = "white", upright: bool = True, labels: str | None = None,
+                 levels: tuple[str, ...] = (), kinds: tuple[str, ...] = (),
+                 boxes: str = "pixels", test_fraction: float = 0.2, seed: int = 0,
+                 memory_gb: float = 4.0) -> Source:
+  """Images of a folder, with the labels that its folders or a table give; see the module.
+
+  Every file is read once and checked at the start. The images are kept in memory, as they come to
+  their size, where all of them fit into `memory_gb`; else they are read again when asked for.
+
+  Args:
+    dir: not used.
+    download: not used.
+    path: of the folder; "~" is the home, relative ones start at the working directory.
+    size: of the images in pixels, or (height, width).
+    fit: "crop", "pad" or "stretch", see `images`.
+    channels: 3 for RGB, 1 for grey.
+    background: colour behind transparent pixels and around padded images.
+    upright: whether EXIF orientation is followed.
+    labels: a CSV file, relative to `path`.
+    levels: names of the labels that nested folders give, from the outside in; ("label",) where
+      there is no table.
+    kinds: "column:class" or "column:number" for columns of the table.
+    boxes: unit of the table's boxes, "pixels" of the original or "fractions" of it.
+    test_fraction: of the images, in each class, that becomes test where there is no split.
+    seed: of that draw.
+    memory_gb: GiB of images that are kept in memory.
+
+  Raises:
+    UserError: where the folder or its table cannot be used.
+  """
+  how = reading(size, fit=fit, channels=channels, background=background, upright=upright)
+  if boxes not in ("pixels", "fractions"):
+    raise UserError(f"boxes: expected pixels or fractions, found {boxes!r}")
+  root = image_files.existing_folder(path)
+  names, report = image_files.files_below(root)
+  table = label_table.read_table(root / pathlib.Path(labels).expanduser()) if labels else None
+  levels = tuple(levels) or (() if table else ("label",))
+  if len(set(levels)) < len(levels) or set(levels) & {"image", "present", *_fields(table)}:
+    raise UserError(f"levels: expected names that no other label has, found {', '.join(levels)}")
+  if table:
+    names = [name for name in names if root / name != table.path]
+  placed = _placed(root, names, levels, report)
+  rows = {}
+  if table:
+    found, counts = label_table.matched(table, list(placed))
+    report.update(counts)
+    rows = {name: row for name, row in zip(placed, found) if row or levels}
+    placed = {name: (row.split if row and row.split else placed[name][0], placed[name][1])
+              for name, row in rows.items()}
+  if not placed:
+    raise image_files.nothing_usable(root, "labelled images", report)
+  files, counts = image_files.scan(root, list(placed), [split for split, _ in placed.values()], how,
+                                   memory_gb=memory_gb)
+  report.update(counts)
+  columns, meaning = _level_columns(root, files, placed, levels, report)
+  if table:
+    more, what, counts = label_table.columns(table, [rows[name] for name in files.names], files,
+                                             kinds=kinds, unit=boxes)
+    columns, meaning = {**columns, **more}, {**meaning, **what}
+    report.update(counts)
+  return _source(files, columns, meaning, levels, report, test_fraction, seed)
+
+
+def _fields(table: label_table.Table | None) -> Sequence[str]:
+  return table.fields if table else ()
+
+
+def _split_folders(root: pathlib.Path) -> dict[str, str]:
+  """The split of each folder that is one; {} where the folder has none."""
+  folders = sorted(entry.name for entry in root.iterdir()
+                   if entry.is_dir() and not entry.name.startswith("."))
+  found = {name: SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
+  if "train" not in found.values():
+    if found and len(found) == len(folders):
+      raise UserError(f"{root}: expected a train folder beside {', '.join(found)}, found none")
+    return {}
+  for split in found.values():
+    same = [name for name in found if found[name] == split]
+    if len(same) > 1:
+      raise UserError(f"{root}: expected one folder for {split}, found {' and '.join(same)}")
+  return found
+
+
+def _placed(root: pathlib.Path, names: Sequence[str], levels: Sequence[str],
+            report: collections.Counter[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+  """The split and the class folders of each file that has them, in order."""
+  split_folders = _split_folders(root)
+  placed = {}
+  for name in names:
+    *folders, _ = name.split("/")
+    split = ""
+    if split_folders:
+      split = split_folders.get(folders[0], "") if folders else ""
+      if not split:
+        report["file outside the split folders"] += 1
+        continue
+      folders = folders[1:]
+    if len(folders) < len(levels):
+      report["file outside any class folder"] += 1
+      continue
+    placed[name] = split, tuple(folders[:len(levels)])
+  for folder, split in split_folders.items():
+    if split not in {split for split, _ in placed.values()}:
+      raise UserError(f"{root / folder}: expected images{' in class folders' if levels else ''}, "
+                      "found none\nfill the folder, or remove it")
+  return placed
+
+
+def _level_columns(root: pathlib.Path, files: image_files.Files,
+                   placed: Mapping[str, tuple[str, tuple[str, ...]]], levels: Sequence[str],
+                   report: collections.Counter[str]
+                   ) -> tuple[dict[str, np.ndarray], dict[str, Label]]:
+  columns, labels = {}, {}
+  for depth, level in enumerate(levels):
+    columns[level], labels[level] = label_table.class_column(
+        [placed[name][1][depth] for name in files.names])
+    there = {folders[depth] for _, folders in placed.values()}
+    report["class without a usable image (left out)"] += len(there - set(labels[level].names))
+    if labels[level].num_classes < 2:
+      raise UserError(f"{root}: expected folders of two classes or more as {level}, found only "
+                      f"{', '.join(labels[level].names)}\n"
+                      "check that path names the folder that holds the data itself")
+  return columns, labels
+
+
+def _source(files: image_files.Files, columns: Mapping[str, np.ndarray],
+            labels: Mapping[str, Label], levels: Sequence[str],
+            report: collections.Counter[str], fraction: float, seed: int) -> Source:
+  labelled = np.zeros(len(files), bool)
+  for column in columns.values():
+    present = column >= 0 if column.dtype.kind == "i" else ~np.isnan(column)
+    labelled |= present.reshape(len(files), -1).any(axis=1)
+  report["file without any label"] = int((~labelled).sum())
+  if not labelled.any():
+    raise image_files.nothing_usable(files.root, "labelled images", report)
+  classes = [name for name, label in labels.items() if label.kind == "class"]
+  strata = np.stack([columns[name] for name in levels or classes[:1]]
+                    or [np.zeros(len(files), np.int32)], axis=1)[labelled]
+  used, counts = image_files.divided(files.take(labelled), [tuple(row) for row in strata.tolist()],
+                                     fraction, seed)
+  report.update(counts)
+  chosen = np.isin(files.index, used.index)
+  columns = {name: column[chosen] for name, column in columns.items()}
+  trained = used.splits == "train"
+  report["class without a training image"] = sum(
+      len(set(range(labels[name].num_classes)) - set(columns[name][trained].tolist()))
+      for name in classes)
+  steady = all(label.kind != "box" for label in labels.values())
+  return image_files.source("folder", used, columns, labels, report,
+                            augmentation=("crop",) if steady else ())
