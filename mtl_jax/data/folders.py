@@ -86,8 +86,6 @@ def image_folder(dir: str | os.PathLike[str], *, download: bool = True, path: st
     rows = {name: row for name, row in zip(placed, found) if row or levels}
     placed = {name: (row.split if row and row.split else placed[name][0], placed[name][1])
               for name, row in rows.items()}
-  if not placed:
-    raise image_files.nothing_usable(root, "labelled images", report)
   files, counts = image_files.scan(root, list(placed), [split for split, _ in placed.values()], how,
                                    memory_gb=memory_gb)
   report.update(counts)
@@ -170,8 +168,7 @@ def _source(files: image_files.Files, columns: Mapping[str, np.ndarray],
     present = column >= 0 if column.dtype.kind == "i" else ~np.isnan(column)
     labelled |= present.reshape(len(files), -1).any(axis=1)
   report["file without any label"] = int((~labelled).sum())
-  if not labelled.any():
-    raise image_files.nothing_usable(files.root, "labelled images", report)
+  image_files.require(files.take(labelled), files.splits.tolist(), report)
   classes = [name for name, label in labels.items() if label.kind == "class"]
   strata = np.stack([columns[name] for name in levels or classes[:1]]
                     or [np.zeros(len(files), np.int32)], axis=1)[labelled]

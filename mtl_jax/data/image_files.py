@@ -23,7 +23,7 @@ The rules for whatever is wrong, for every source made of image files. What is c
 """
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def existing_folder(path: str | os.PathLike[str] | None, argument: str = "path")
   """
   if not path:
     raise UserError(f"{argument}: expected a folder, found none given")
-  folder = pathlib.Path(path).expanduser().absolute()
+  folder = pathlib.Path(os.path.abspath(pathlib.Path(path).expanduser()))
   if not folder.is_dir():
     found = "a file (unpack an archive first)" if folder.exists() else "nothing there"
     raise UserError(f"{argument}: expected a folder at {folder}, found {found}")
@@ -157,9 +157,9 @@ class Files:
     """Those where the mask [N] is true."""
     rows = np.flatnonzero(chosen)
     images = self.images
-    if images is not None and len(rows):
-      whole = rows[-1] - rows[0] + 1 == len(rows)  # then a view will do
-      images = images[rows[0]:rows[-1] + 1] if whole else images[rows]
+    if images is not None:
+      adjoin = len(rows) and rows[-1] - rows[0] + 1 == len(rows)  # then a view will do
+      images = images[rows[0]:rows[-1] + 1] if adjoin else images[rows]
     return dataclasses.replace(
         self, names=[self.names[i] for i in rows], index=self.index[rows], splits=self.splits[rows],
         sizes=self.sizes[rows], digests=[self.digests[i] for i in rows], images=images)
@@ -208,10 +208,17 @@ def scan(root: pathlib.Path, names: Sequence[str], splits: Sequence[str], how: R
                 digests, images)
   report = collections.Counter(word for word in found if word)
   usable = files.take(np.array([bool(digest) for digest in digests], bool))
-  for split in sorted(set(splits)) or [""]:
-    if split not in usable.splits:
-      raise nothing_usable(root, f"usable images{split and f' for {split}'}", report)
+  require(usable, set(splits) or {""}, report)
   return usable, report
+
+
+def require(files: Files, splits: Iterable[str], report: Mapping[str, int]) -> None:
+  """Raises UserError where no file is left of one of the splits."""
+  for split in sorted(set(splits) - set(files.splits.tolist())):
+    found = ", ".join(f"{count} {word}" for word, count in report.items() if count)
+    raise UserError(f"{files.root}: expected usable images{split and f' for {split}'}, found none "
+                    f"({found or 'no file'})\ncheck that path names the folder of the data itself, "
+                    "and what is in it")
 
 
 def held_out(names: Sequence[str], groups: Sequence[object], fraction: float,
@@ -278,10 +285,9 @@ def divided(files: Files, groups: Sequence[object], fraction: float, seed: int
   report["same content in two splits (left out of train, of validation)"] = int((~fresh).sum())
   report["same content twice in a split (read)"] = sum(
       count - 1 for (digest, split), count in times.items() if last[digest] == split)
-  for split in sorted({"train", "test", *splits.tolist()}):
-    if split not in splits[fresh]:
-      raise nothing_usable(files.root, f"images for {split} that are in no later split", report)
-  return dataclasses.replace(files, splits=splits).take(fresh), report
+  fresh_files = dataclasses.replace(files, splits=splits).take(fresh)
+  require(fresh_files, {"train", "test", *splits.tolist()}, report)
+  return fresh_files, report
 
 
 def source(kind: str, files: Files, columns: Mapping[str, np.ndarray], labels: Mapping[str, Label],
@@ -316,9 +322,3 @@ def source(kind: str, files: Files, columns: Mapping[str, np.ndarray], labels: M
   origin = f"{kind}:{files.root.name}:{len(files)}:{content.hexdigest()}"
   return Source(origin, splits, labels, augmentation, report)
 
-
-def nothing_usable(root: pathlib.Path, expected: str, report: Mapping[str, int]) -> UserError:
-  """The error where a folder lacks what was expected, with what was left out."""
-  found = ", ".join(f"{count} {word}" for word, count in report.items() if count)
-  return UserError(f"{root}: expected {expected}, found none (left out: {found or 'nothing'})\n"
-                   "check that path names the folder that holds the data itself")
