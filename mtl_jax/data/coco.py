@@ -93,17 +93,20 @@ def coco(dir: str | os.PathLike[str], *, download: bool = True, path: str,
   report = collections.Counter()
   listings = {split: _read(file, report) for split, (file, _) in places.items()}
   categories = _merged({places[split][0]: listing for split, listing in listings.items()})
-  entries = [(entry, split) for split, listing in listings.items()
-             for entry in _on_disk(root, places[split][1], listing.entries, report)]
-  files, counts = image_files.scan(root, [entry.name for entry, _ in entries],
-                                   [split for _, split in entries], how, memory_gb=memory_gb)
-  report.update(counts)
+  entries = []
+  for split, (file, folders) in places.items():
+    there = _on_disk(root, folders, listings[split].entries, report)
+    if not there:
+      raise UserError(f"{file}: expected images that are in {folders[0]}, found none "
+                      f"({image_files.in_words(report)})")
+    entries += [(entry, split) for entry in there]
+  files = image_files.scan(root, [entry.name for entry, _ in entries],
+                           [split for _, split in entries], how, report, memory_gb=memory_gb)
   shaped = np.array([_shaped(entries[i][0], *size, report)
                      for i, size in zip(files.index, files.sizes.tolist())], bool)
   image_files.require(files.take(shaped), files.splits.tolist(), report)
-  files, counts = image_files.divided(files.take(shaped), [0] * int(shaped.sum()), test_fraction,
-                                      seed)
-  report.update(counts)
+  files = image_files.divided(files.take(shaped), [0] * int(shaped.sum()), test_fraction, seed,
+                              report)
   columns, labels = _columns(files, [entries[i][0] for i in files.index], categories, max_objects,
                              report)
   return image_files.source("coco", files, columns, labels, report, augmentation=())
@@ -172,11 +175,11 @@ def _found(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, list[pathlib.Pat
     raise UserError(f"{root}: expected annotations/instances_train….json, instances_train.json or "
                     f"train/{_ROBOFLOW}, found none\n"
                     "check path, or name the files by the arguments train, validation and test")
-  return {split: places[0] for split, places in by_split.items()}
+  return {split: by_split[split][0] for split in image_files.ORDER if split in by_split}
 
 
 def _on_disk(root: pathlib.Path, folders: Sequence[pathlib.Path], entries: Sequence[Entry],
-             report: collections.Counter[str]) -> list[Entry]:
+             report: image_files.Report) -> list[Entry]:
   """The entries whose file is there, once each, with its name relative to the root."""
   found = {}
   for entry in entries:
@@ -197,7 +200,7 @@ def _on_disk(root: pathlib.Path, folders: Sequence[pathlib.Path], entries: Seque
 # ---- What the JSON files say.
 
 
-def _read(file: pathlib.Path, report: collections.Counter[str]) -> Listing:
+def _read(file: pathlib.Path, report: image_files.Report) -> Listing:
   try:
     content = json.loads(file.read_bytes())
   except OSError as error:
@@ -229,7 +232,7 @@ def _categories(file: pathlib.Path, found: Sequence[Any]) -> dict[int, str]:
   return names
 
 
-def _entries(found: Sequence[Any], report: collections.Counter[str]) -> dict[Hashable, Entry]:
+def _entries(found: Sequence[Any], report: image_files.Report) -> dict[Hashable, Entry]:
   entries = {}
   for image in found:
     record = image if isinstance(image, dict) else {}
@@ -244,7 +247,7 @@ def _entries(found: Sequence[Any], report: collections.Counter[str]) -> dict[Has
 
 
 def _annotate(entries: Mapping[Hashable, Entry], categories: Mapping[int, str],
-              found: Sequence[Any], report: collections.Counter[str]) -> None:
+              found: Sequence[Any], report: image_files.Report) -> None:
   """Gives each entry its boxes and crowds."""
   seen = set()
   for annotation in found:
@@ -282,7 +285,7 @@ def _merged(listings: Mapping[pathlib.Path, Listing]) -> dict[int, str]:
 # ---- Labels.
 
 
-def _shaped(entry: Entry, width: int, height: int, report: collections.Counter[str]) -> bool:
+def _shaped(entry: Entry, width: int, height: int, report: image_files.Report) -> bool:
   """Whether the image has the shape that is listed for it."""
   if entry.size is None or entry.size == (width, height):
     return True
@@ -295,14 +298,14 @@ def _shaped(entry: Entry, width: int, height: int, report: collections.Counter[s
 
 
 def _columns(files: image_files.Files, entries: Sequence[Entry], categories: Mapping[int, str],
-             max_objects: int | None, report: collections.Counter[str]
+             max_objects: int | None, report: image_files.Report
              ) -> tuple[dict[str, np.ndarray], dict[str, Label]]:
   place = {key: i for i, key in enumerate(categories)}
   found = _objects(files, entries, place, report)
   most = max(map(len, found))
   if not most:
-    counted = ", ".join(f"{count} {word}" for word, count in report.items() if count)
-    raise UserError(f"{files.root}: expected boxes, found none to use ({counted or 'no box'})")
+    raise UserError(f"{files.root}: expected boxes, found none to use "
+                    f"({image_files.in_words(report)})")
   slots = max_objects or most
   objects = np.zeros((len(found), slots, 5), np.float32)
   objects[..., 4] = -1
@@ -324,7 +327,7 @@ def _columns(files: image_files.Files, entries: Sequence[Entry], categories: Map
 
 
 def _objects(files: image_files.Files, entries: Sequence[Entry], place: Mapping[int, int],
-             report: collections.Counter[str]) -> list[np.ndarray]:
+             report: image_files.Report) -> list[np.ndarray]:
   """The usable objects of each image, [M, 5]."""
   found = []
   for entry, (width, height) in zip(entries, files.sizes.tolist()):

@@ -6,7 +6,8 @@
 
 Where nothing else is said the class is the folder right below the split, whatever is nested in it, and
 is called `label`. `levels=("shape", "colour")` names the folders from the outside in, one label each.
-With a table, class folders count only if `levels` names them.
+With a table, class folders count only if `levels` names them. Where test is cut from train, each
+class gives its share; with a table alone, each class of the column with the fewest classes.
 
 Rules beyond those of `image_files` and `label_table`:
 
@@ -71,7 +72,8 @@ def image_folder(dir: str | os.PathLike[str], *, download: bool = True, path: st
   if boxes not in ("pixels", "fractions"):
     raise UserError(f"boxes: expected pixels or fractions, found {boxes!r}")
   root = image_files.existing_folder(path)
-  names, report = image_files.files_below(root)
+  report = collections.Counter()
+  names = image_files.files_below(root, report)
   table = label_table.read_table(root / pathlib.Path(labels).expanduser()) if labels else None
   levels = tuple(levels) or (() if table else ("label",))
   if len(set(levels)) < len(levels) or set(levels) & {"image", "present", *_fields(table)}:
@@ -81,20 +83,17 @@ def image_folder(dir: str | os.PathLike[str], *, download: bool = True, path: st
   placed = _placed(root, names, levels, report)
   rows = {}
   if table:
-    found, counts = label_table.matched(table, list(placed))
-    report.update(counts)
+    found = label_table.matched(table, list(placed), report)
     rows = {name: row for name, row in zip(placed, found) if row or levels}
     placed = {name: (row.split if row and row.split else placed[name][0], placed[name][1])
               for name, row in rows.items()}
-  files, counts = image_files.scan(root, list(placed), [split for split, _ in placed.values()], how,
-                                   memory_gb=memory_gb)
-  report.update(counts)
+  files = image_files.scan(root, list(placed), [split for split, _ in placed.values()], how, report,
+                           memory_gb=memory_gb)
   columns, meaning = _level_columns(root, files, placed, levels, report)
   if table:
-    more, what, counts = label_table.columns(table, [rows[name] for name in files.names], files,
-                                             kinds=kinds, unit=boxes)
+    more, what = label_table.columns(table, [rows[name] for name in files.names], files, report,
+                                     kinds=kinds, unit=boxes)
     columns, meaning = {**columns, **more}, {**meaning, **what}
-    report.update(counts)
   return _source(files, columns, meaning, levels, report, test_fraction, seed)
 
 
@@ -119,7 +118,7 @@ def _split_folders(root: pathlib.Path) -> dict[str, str]:
 
 
 def _placed(root: pathlib.Path, names: Sequence[str], levels: Sequence[str],
-            report: collections.Counter[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+            report: image_files.Report) -> dict[str, tuple[str, tuple[str, ...]]]:
   """The split and the class folders of each file that has them, in order."""
   split_folders = _split_folders(root)
   placed = {}
@@ -145,7 +144,7 @@ def _placed(root: pathlib.Path, names: Sequence[str], levels: Sequence[str],
 
 def _level_columns(root: pathlib.Path, files: image_files.Files,
                    placed: Mapping[str, tuple[str, tuple[str, ...]]], levels: Sequence[str],
-                   report: collections.Counter[str]
+                   report: image_files.Report
                    ) -> tuple[dict[str, np.ndarray], dict[str, Label]]:
   columns, labels = {}, {}
   for depth, level in enumerate(levels):
@@ -162,7 +161,7 @@ def _level_columns(root: pathlib.Path, files: image_files.Files,
 
 def _source(files: image_files.Files, columns: Mapping[str, np.ndarray],
             labels: Mapping[str, Label], levels: Sequence[str],
-            report: collections.Counter[str], fraction: float, seed: int) -> Source:
+            report: image_files.Report, fraction: float, seed: int) -> Source:
   labelled = np.zeros(len(files), bool)
   for column in columns.values():
     present = column >= 0 if column.dtype.kind == "i" else ~np.isnan(column)
@@ -170,11 +169,12 @@ def _source(files: image_files.Files, columns: Mapping[str, np.ndarray],
   report["file without any label"] = int((~labelled).sum())
   image_files.require(files.take(labelled), files.splits.tolist(), report)
   classes = [name for name, label in labels.items() if label.kind == "class"]
-  strata = np.stack([columns[name] for name in levels or classes[:1]]
-                    or [np.zeros(len(files), np.int32)], axis=1)[labelled]
-  used, counts = image_files.divided(files.take(labelled), [tuple(row) for row in strata.tolist()],
-                                     fraction, seed)
-  report.update(counts)
+  strata = levels or sorted((name for name in classes
+                             if 2 * labels[name].num_classes <= labelled.sum()),
+                            key=lambda name: labels[name].num_classes)[:1]
+  groups = list(zip(*(columns[name][labelled].tolist() for name in strata)))
+  used = image_files.divided(files.take(labelled), groups or [()] * int(labelled.sum()), fraction,
+                             seed, report)
   chosen = np.isin(files.index, used.index)
   columns = {name: column[chosen] for name, column in columns.items()}
   trained = used.splits == "train"

@@ -40,6 +40,7 @@ from mtl_jax.errors import UserError
 
 SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
           "validation": "validation", "test": "test", "testing": "test"}
+Report = collections.Counter[str]
 ORDER = ("train", "validation", "test")
 
 _HIDDEN = ("__macosx", "thumbs.db", "desktop.ini")
@@ -62,14 +63,21 @@ def existing_folder(path: str | os.PathLike[str] | None, argument: str = "path")
   return folder
 
 
-def files_below(root: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:
-  """Names of all files below a folder, relative to it with "/", sorted; and what was left out."""
-  report = collections.Counter()
-  return sorted(_walk(root, "", (), report)), report
+def files_below(root: pathlib.Path, report: Report) -> list[str]:
+  """Names of all files below a folder, relative to it with "/", sorted.
+
+  Args:
+    root: the folder.
+    report: where what is left out is counted.
+
+  Raises:
+    UserError: for a folder that may not be listed.
+  """
+  return sorted(_walk(root, "", (), report))
 
 
 def _walk(folder: pathlib.Path, prefix: str, above: tuple[str, ...],
-          report: collections.Counter[str]) -> Iterator[str]:
+          report: Report) -> Iterator[str]:
   real = os.path.realpath(folder)
   if real in above:  # a link to a folder that it lies in
     return
@@ -165,15 +173,16 @@ class Files:
         sizes=self.sizes[rows], digests=[self.digests[i] for i in rows], images=images)
 
 
-def scan(root: pathlib.Path, names: Sequence[str], splits: Sequence[str], how: Reading, *,
-         memory_gb: float, threads: int | None = None) -> tuple[Files, collections.Counter[str]]:
-  """Reads every file once; those that give an image, and how many had what wrong.
+def scan(root: pathlib.Path, names: Sequence[str], splits: Sequence[str], how: Reading,
+         report: Report, *, memory_gb: float, threads: int | None = None) -> Files:
+  """Reads every file once; those that give an image.
 
   Args:
     root: the folder that names are relative to.
     names: of the files.
     splits: of each file, "" where not decided.
     how: images are read.
+    report: where files with something wrong are counted.
     memory_gb: all images are kept where they fit into so many GiB.
     threads: that read; by the number of processors when None.
 
@@ -206,19 +215,27 @@ def scan(root: pathlib.Path, names: Sequence[str], splits: Sequence[str], how: R
         console=console.Console(stderr=True), disable=len(names) < _PROGRESS_FILES))
   files = Files(root, how, names, np.arange(len(names)), np.array(splits, dtype="U10"), sizes,
                 digests, images)
-  report = collections.Counter(word for word in found if word)
+  report.update(word for word in found if word)
   usable = files.take(np.array([bool(digest) for digest in digests], bool))
   require(usable, set(splits) or {""}, report)
-  return usable, report
+  return usable
 
 
-def require(files: Files, splits: Iterable[str], report: Mapping[str, int]) -> None:
+def require(files: Files, splits: Iterable[str], report: Report) -> None:
   """Raises UserError where no file is left of one of the splits."""
   for split in sorted(set(splits) - set(files.splits.tolist())):
-    found = ", ".join(f"{count} {word}" for word, count in report.items() if count)
     raise UserError(f"{files.root}: expected usable images{split and f' for {split}'}, found none "
-                    f"({found or 'no file'})\ncheck that path names the folder of the data itself, "
-                    "and what is in it")
+                    f"({in_words(report)})\ncheck that path names the folder of the data itself, and "
+                    "what is in it")
+
+
+def in_words(report: Report) -> str:
+  """What was counted, in one line.
+
+  >>> in_words(collections.Counter({"empty file": 2, "not an image": 1}))
+  '2 empty file, 1 not an image'
+  """
+  return ", ".join(f"{count} {word}" for word, count in report.items() if count) or "nothing else"
 
 
 def held_out(names: Sequence[str], groups: Sequence[object], fraction: float,
@@ -258,8 +275,8 @@ def _hash(text: str) -> str:
   return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def divided(files: Files, groups: Sequence[object], fraction: float, seed: int
-            ) -> tuple[Files, collections.Counter[str]]:
+def divided(files: Files, groups: Sequence[object], fraction: float, seed: int,
+            report: Report) -> Files:
   """The files with a train and a test split at least, none of whose contents is in another split.
 
   Args:
@@ -267,17 +284,22 @@ def divided(files: Files, groups: Sequence[object], fraction: float, seed: int
     groups: of each, for `held_out` where there is neither test nor validation.
     fraction: of train that becomes test then.
     seed: of that draw.
+    report: where images that change their split or lose it are counted.
 
   Raises:
     UserError: where a split is left without any.
   """
-  report = collections.Counter()
   splits = np.where(files.splits == "", "train", files.splits)
   if "test" not in splits and "validation" in splits:
     report["validation image read as test"] = int((splits == "validation").sum())
     splits = np.where(splits == "validation", "test", splits)
   elif "test" not in splits:
-    splits = np.where(held_out(files.names, groups, fraction, seed), "test", splits)
+    held = held_out(files.names, groups, fraction, seed)
+    if not held.any():
+      raise UserError(f"{files.root}: expected enough images of one class to cut a fraction of "
+                      f"{fraction} from, found {max(collections.Counter(groups).values())} at most\n"
+                      "bring a test split, or set test_fraction")
+    splits = np.where(held, "test", splits)
   last, times = {}, collections.Counter(zip(files.digests, splits.tolist()))
   for digest, split in times:
     last[digest] = max(last.get(digest, split), split, key=ORDER.index)
@@ -287,11 +309,11 @@ def divided(files: Files, groups: Sequence[object], fraction: float, seed: int
       count - 1 for (digest, split), count in times.items() if last[digest] == split)
   fresh_files = dataclasses.replace(files, splits=splits).take(fresh)
   require(fresh_files, {"train", "test", *splits.tolist()}, report)
-  return fresh_files, report
+  return fresh_files
 
 
 def source(kind: str, files: Files, columns: Mapping[str, np.ndarray], labels: Mapping[str, Label],
-           report: Mapping[str, int], augmentation: Sequence[str]) -> Source:
+           report: Report, augmentation: Sequence[str]) -> Source:
   """The source of divided files with their labels.
 
   Its origin is kind, the folder's own name, the number of images and a fingerprint of names,

@@ -41,7 +41,7 @@ import unicodedata
 import numpy as np
 
 from mtl_jax.data import boxes
-from mtl_jax.data.image_files import SPLITS, Files
+from mtl_jax.data.image_files import SPLITS, Files, Report, in_words
 from mtl_jax.data.source import Label
 from mtl_jax.errors import UserError
 
@@ -130,13 +130,12 @@ def _split(cells: Mapping[str, str], line: int, fail) -> str:
   return SPLITS[cells["split"].lower()]
 
 
-def matched(table: Table, names: Sequence[str]) -> tuple[list[Row | None], collections.Counter[str]]:
-  """The row about each file, None where there is not exactly one; and how many had what wrong.
+def matched(table: Table, names: Sequence[str], report: Report) -> list[Row | None]:
+  """The row about each file; None where there is not exactly one, which `report` counts.
 
   A row names a file relative to the folder, or by the end of that name where this is unique, or
   with more folders before it, as an absolute path does.
   """
-  report = collections.Counter()
   plain = [unicodedata.normalize("NFC", name) for name in names]
   by_basename = collections.defaultdict(list)
   for i, name in enumerate(plain):
@@ -160,27 +159,27 @@ def matched(table: Table, names: Sequence[str]) -> tuple[list[Row | None], colle
       spoilt.add(i)
   report["file listed twice with different labels"] = len(spoilt)
   report["file not listed in the labels"] = rows.count(None)
-  return [None if i in spoilt else row for i, row in enumerate(rows)], report
+  return [None if i in spoilt else row for i, row in enumerate(rows)]
 
 
-def columns(table: Table, rows: Sequence[Row | None], files: Files, *, kinds: Sequence[str],
-            unit: str) -> tuple[dict[str, np.ndarray], dict[str, Label], collections.Counter[str]]:
+def columns(table: Table, rows: Sequence[Row | None], files: Files, report: Report, *,
+            kinds: Sequence[str], unit: str) -> tuple[dict[str, np.ndarray], dict[str, Label]]:
   """The label columns of a table for some files.
 
   Args:
     table: of labels.
     rows: of each file, None where its labels are missing.
     files: N of them.
+    report: where cells and boxes with something wrong are counted.
     kinds: "column:class" or "column:number", where the kind is not to be guessed.
     unit: of boxes, "pixels" of the original, upright, or "fractions" of it.
 
   Returns:
-    arrays [N, …] by label, what they are, and how many had what wrong.
+    arrays [N, …] by label, and what they are.
 
   Raises:
     UserError: for kinds of columns that are not there, and where a column is of no clear kind.
   """
-  report = collections.Counter()
   arrays, labels = {}, {}
   wanted = _wanted(kinds, table.fields)
   grouped = _box_columns(table.fields, wanted)
@@ -199,7 +198,7 @@ def columns(table: Table, rows: Sequence[Row | None], files: Files, *, kinds: Se
       arrays[field], labels[field] = class_column([present.get(i) for i in range(len(rows))])
     else:
       arrays[field], labels[field] = _number_column(present, len(rows), report), Label("number")
-  return arrays, labels, report
+  return arrays, labels
 
 
 def class_column(values: Sequence[str | None]) -> tuple[np.ndarray, Label]:
@@ -241,7 +240,7 @@ def _guessed_kind(table: Table, field: str, rows: Sequence[Row | None],
 
 
 def _number_column(present: Mapping[int, str], count: int,
-                   report: collections.Counter[str]) -> np.ndarray:
+                   report: Report) -> np.ndarray:
   column = np.full(count, np.nan, np.float32)
   for i, cell in present.items():
     value = float(cell) if _is_number(cell) else np.nan
@@ -264,7 +263,7 @@ def _box_columns(fields: Sequence[str], wanted: Mapping[str, str]) -> dict[str, 
 
 
 def _box_column(table: Table, rows: Sequence[Row | None], files: Files, label: str,
-                corners: Sequence[str], unit: str, report: collections.Counter[str]
+                corners: Sequence[str], unit: str, report: Report
                 ) -> tuple[np.ndarray, Label]:
   column = np.full((len(rows), 4), np.nan, np.float32)
   largest = 0.0
@@ -288,7 +287,7 @@ def _box_column(table: Table, rows: Sequence[Row | None], files: Files, label: s
                     "set boxes=fractions if these are fractions of width and height")
   if np.isnan(column).all():
     raise UserError(f"{table.path}: {label}: expected boxes x1, y1, x2, y2 in {unit}, found none "
-                    f"to use ({', '.join(f'{n} {word}' for word, n in report.items() if n)})")
+                    f"to use ({in_words(report)})")
   return column, Label("box")
 
 
