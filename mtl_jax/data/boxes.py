@@ -8,11 +8,11 @@ from mtl_jax.data.images import Reading, follow
 
 _SLACK = 0.01  # pixels that a box may jut out unnoticed: rounding in the file
 
-NOT_FINITE = "box that is not four finite numbers (left out)"
-NO_AREA = "box without area (left out)"
-OUTSIDE = "box outside its image (left out)"
+NOT_FINITE = "box that is not four finite numbers"
+NO_AREA = "box without area"
+OUTSIDE = "box outside its image"
 CLIPPED = "box clipped to its image"
-CUT_AWAY = "box in a part that fit=crop cuts off (left out)"
+CUT_AWAY = "box in a part that fit=crop cuts off"
 
 
 def placed(boxes: np.ndarray, width: int, height: int, how: Reading

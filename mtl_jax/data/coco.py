@@ -1,35 +1,36 @@
 """Object detection data in COCO's layout: images, and one JSON file a split.
 
-Found by themselves are
+Found by themselves are, with the folders that their images may be in,
 
-    <path>/annotations/instances_train2017.json    images in <path>/train2017 or <path>/images/train2017
-    <path>/instances_train.json                    images in <path>/train or <path>/images
-    <path>/train/_annotations.coco.json            images beside it
+    <path>/annotations/instances_train2017.json    train2017, images/train2017, train, images
+    <path>/instances_train.json                    train, images/train, images
+    <path>/train/_annotations.coco.json            train
 
-and likewise for val and test (valid, validation, testing, …). A single `instances_….json` of another
-name is train. Anything else is said by `train`, `validation` and `test`.
+and likewise for val and test (valid, validation, testing, …). A single `instances_….json` of
+another name is train. Anything else is said by `train`, `validation` and `test`.
 
 The format is that of Lin et al., "Microsoft COCO: Common Objects in Context" (ECCV 2014,
-arXiv:1405.0312). Unlike its own tools, boxes are taken to refer to the image turned upright by EXIF
-(`upright=False`: as stored), and become fractions of what is shown.
+arXiv:1405.0312). Boxes are taken to refer to the image turned upright by EXIF (`upright=False`: to
+the image as stored), and become fractions of what is shown.
 
 Rules beyond those of `image_files` and `boxes`:
 
-| what is wrong | what is done | in the report |
+| counted | which is | done |
 |---|---|---|
-| crowd (`iscrowd`) | no object; `classes` has it, `count` is missing for its image | "crowd annotation (left out)" |
-| annotation of an image or a category that is not listed | left out | "annotation of an unknown image", "… category" |
-| the same box and category twice on an image | read once | "box listed twice (read once)" |
-| image entry without id or file name, or with the id of another | left out | "image entry without id and file name of its own" |
-| listed image that is not there | left out with its boxes | "listed image that is not there" |
-| same file listed twice | the first entry is read | "file listed twice" |
-| image smaller or larger than listed, with the same aspect ratio | boxes scaled | "image of another size than listed (boxes scaled)" |
-| image of another aspect ratio than listed, such as one not turned yet | left out | "image of another shape than listed" |
-| more boxes than `max_objects` | the smallest are left out | "box beyond max_objects" |
-| category with boxes in validation or test only, or nowhere | a class all the same | "class without a training box" |
-| no JSON, unreadable JSON, no list of images, annotations or categories | refused | |
-| two JSON files for one split; a category id with two names | refused | |
-| no usable box at all | refused | |
+| crowd annotation | `iscrowd`: appears in `classes`, makes `count` missing | no object |
+| annotation of an unknown image | one that is not listed | left out |
+| annotation of an unknown category | likewise | left out |
+| box listed twice (read once) | of one image and category | read once |
+| image entry without its own id and name | | left out |
+| listed image that is not there | | left out with its boxes |
+| file listed twice (read once) | in one JSON file: the first entry counts | read once |
+| image of another size than listed (boxes scaled) | of the same aspect ratio | boxes scaled |
+| image of another shape than listed | such as one turned since | left out |
+| box beyond max_objects | the smallest of an image | left out of `objects` |
+| class without a training box (kept) | a category that train has none of | a class all the same |
+
+Refused are unreadable JSON, one without lists of images, annotations and categories, a split
+without images, two JSON files for one split, a category id with two names, and a lack of any box.
 """
 
 import collections
@@ -57,8 +58,8 @@ def coco(dir: str | os.PathLike[str], *, download: bool = True, path: str,
          test_fraction: float = 0.2, seed: int = 0, memory_gb: float = 4.0) -> Source:
   """A detection data set in COCO's layout; see the module.
 
-  Its labels are `objects` [M, 5], a box and its class each; `classes`, binary: which of them appear;
-  and `count`, a number: how many objects there are. Classes are the categories in order of their ids.
+  Labels are `objects` [M, 5], a box and its class each; `classes`, binary: which of them appear;
+  and `count`, a number: of the objects. Classes are the categories in order of their ids.
 
   Every file is read once and checked at the start. The images are kept in memory, as they come to
   their size, where all of them fit into `memory_gb`; else they are read again when asked for.
@@ -95,8 +96,7 @@ def coco(dir: str | os.PathLike[str], *, download: bool = True, path: str,
   categories = _merged({places[split][0]: listing for split, listing in listings.items()})
   entries = []
   for split, (file, folders) in places.items():
-    there = _on_disk(root, folders, listings[split].entries, report)
-    if not there:
+    if not (there := _on_disk(root, folders, listings[split].entries, report)):
       raise UserError(f"{file}: expected images that are in {folders[0]}, found none "
                       f"({image_files.in_words(report)})")
     entries += [(entry, split) for entry in there]
@@ -191,7 +191,7 @@ def _on_disk(root: pathlib.Path, folders: Sequence[pathlib.Path], entries: Seque
       continue
     name = os.path.relpath(path, root).replace(os.sep, "/")
     if name in found:
-      report["file listed twice"] += 1
+      report["file listed twice (read once)"] += 1
     else:
       found[name] = dataclasses.replace(entry, name=name)
   return list(found.values())
@@ -238,7 +238,7 @@ def _entries(found: Sequence[Any], report: image_files.Report) -> dict[Hashable,
     record = image if isinstance(image, dict) else {}
     key, name = record.get("id"), record.get("file_name")
     if not isinstance(key, (int, str)) or not isinstance(name, str) or not name or key in entries:
-      report["image entry without id and file name of its own"] += 1
+      report["image entry without its own id and name"] += 1
       continue
     size = record.get("width"), record.get("height")
     known = all(isinstance(side, (int, float)) and side > 0 for side in size)
@@ -258,7 +258,7 @@ def _annotate(entries: Mapping[Hashable, Entry], categories: Mapping[int, str],
     elif not isinstance(category, int) or category not in categories:
       report["annotation of an unknown category"] += 1
     elif record.get("iscrowd"):
-      report["crowd annotation (left out)"] += 1
+      report["crowd annotation"] += 1
       entries[image].crowds.add(category)
     else:
       whole = isinstance(box, list) and len(box) == 4 and all(
@@ -319,7 +319,7 @@ def _columns(files: image_files.Files, entries: Sequence[Entry], categories: Map
     count[i] = np.nan if entry.crowds else len(rows)
   trained = np.concatenate([rows[:, 4] for split, rows in zip(files.splits, found)
                             if split == "train"])
-  report["class without a training box"] = len(categories) - len(np.unique(trained))
+  report["class without a training box (kept)"] = len(categories) - len(np.unique(trained))
   names = tuple(categories.values())
   return ({"objects": objects, "classes": classes, "count": count},
           {"objects": Label("objects", len(names), names), "classes": Label("binary", None, names),

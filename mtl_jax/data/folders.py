@@ -4,22 +4,22 @@
     <path>/<class>/…/x.jpg            no splits; LFW's <person>/<person>_0001.jpg is one of these
     <path>/…/x.jpg and a CSV file     labels="labels.csv", see `label_table`
 
-Where nothing else is said the class is the folder right below the split, whatever is nested in it, and
-is called `label`. `levels=("shape", "colour")` names the folders from the outside in, one label each.
-With a table, class folders count only if `levels` names them. Where test is cut from train, each
-class gives its share; with a table alone, each class of the column with the fewest classes.
+Where nothing else is said the class is the folder right below the split, whatever is nested in it,
+and is called `label`. `levels=("shape", "colour")` names the folders from the outside in, one label
+each. With a table, class folders count only if `levels` names them. Where test is cut from train,
+each class gives its share; with a table alone, each class of the column with the fewest classes.
 
 Rules beyond those of `image_files` and `label_table`:
 
-| what is wrong | what is done | in the report |
+| counted | which is | done |
 |---|---|---|
-| file not below a folder for each level | left out | "file outside any class folder" |
-| file beside the split folders | left out | "file outside the split folders" |
-| class folder without a usable image | no class | "class without a usable image (left out)" |
-| class in validation or test only | a class all the same | "class without a training image" |
-| fewer than two classes in a level | refused | |
-| two folders for one split, or validation or test folders without a train folder | refused | |
-| split folder without a file for any class | refused | |
+| file outside any class folder | not below a folder for each level | left out |
+| file outside the split folders | beside them | left out |
+| class without a usable image | a folder of files that are all left out | no class |
+| class without a training image (kept) | one of validation or test only | a class all the same |
+
+Refused are fewer than two classes in a level, two folders for one split, split folders without one
+for train, and a split folder without a file for any class.
 """
 
 import collections
@@ -46,6 +46,19 @@ def image_folder(dir: str | os.PathLike[str], *, download: bool = True, path: st
 
   Every file is read once and checked at the start. The images are kept in memory, as they come to
   their size, where all of them fit into `memory_gb`; else they are read again when asked for.
+
+  >>> import tempfile
+  >>> from PIL import Image
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   for i in range(10):
+  ...     name = pathlib.Path(folder, "cat" if i < 5 else "dog", f"{i}.png")
+  ...     name.parent.mkdir(exist_ok=True)
+  ...     Image.new("RGB", (40, 30), (i, i, i)).save(name)
+  ...   source = image_folder("", path=folder, size=16)
+  >>> source.labels["label"].names, len(source.splits["train"]), len(source.splits["test"])
+  (('cat', 'dog'), 8, 2)
+  >>> source.splits["test"].arrays()["image"].shape
+  (2, 16, 16, 3)
 
   Args:
     dir: not used.
@@ -151,7 +164,7 @@ def _level_columns(root: pathlib.Path, files: image_files.Files,
     columns[level], labels[level] = label_table.class_column(
         [placed[name][1][depth] for name in files.names])
     there = {folders[depth] for _, folders in placed.values()}
-    report["class without a usable image (left out)"] += len(there - set(labels[level].names))
+    report["class without a usable image"] += len(there - set(labels[level].names))
     if labels[level].num_classes < 2:
       raise UserError(f"{root}: expected folders of two classes or more as {level}, found only "
                       f"{', '.join(labels[level].names)}\n"
@@ -178,7 +191,7 @@ def _source(files: image_files.Files, columns: Mapping[str, np.ndarray],
   chosen = np.isin(files.index, used.index)
   columns = {name: column[chosen] for name, column in columns.items()}
   trained = used.splits == "train"
-  report["class without a training image"] = sum(
+  report["class without a training image (kept)"] = sum(
       len(set(range(labels[name].num_classes)) - set(columns[name][trained].tolist()))
       for name in classes)
   steady = all(label.kind != "box" for label in labels.values())

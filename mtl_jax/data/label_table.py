@@ -15,19 +15,20 @@ Every other column is a label, by its name:
 `kinds=("age:number", "grade:class")` decides where this guess is wrong. A cell that is empty, NA,
 N/A, NaN or null (in any case) is a missing label; a box with one such cell is missing.
 
-| what is wrong | what is done | in the report |
+| counted | which is | done |
 |---|---|---|
-| line for a file that is not there | left out | "line of labels without a file" |
-| name that several files have | left out | "line of labels that fits several files" |
-| same file on two lines, alike | read once | "file listed twice alike" |
-| same file on two lines, not alike | left out | "file listed twice with different labels" |
-| file on no line | left out, or its labels from the table missing | "file not listed in the labels" |
-| no label in any column | left out | "file without any label" |
-| column without any value | left out | "label column without a value" |
-| infinite number, or a word where `kinds` says number | missing | "cell that is not a finite number (missing)" |
-| boxes | as in `boxes` | as in `boxes` |
-| words among more numbers, without `kinds` | refused | |
-| not UTF-8, a line with too many or too few cells, a column named twice, an unknown split | refused | |
+| line of labels without a file | one for a file that is not there | left out |
+| line of labels that fits several files | by a name that is not unique | left out |
+| file listed twice (read once) | on lines that are alike | read once |
+| file listed twice with different labels | | left out |
+| file not listed in the labels | | left out, unless `levels` label it |
+| file without any label | all its cells are missing | left out |
+| label column without a value | | left out |
+| cell that is not a finite number (missing) | a word if `kinds` says number | missing |
+
+and what `boxes` counts. Refused are text that is not UTF-8, a line with too many or too few cells,
+a column named twice or without a name, an unknown split, a word in a column where most cells are
+numbers (unless `kinds` decides), and boxes of which none can be used.
 """
 
 import collections
@@ -154,7 +155,7 @@ def matched(table: Table, names: Sequence[str], report: Report) -> list[Row | No
     if rows[i] is None:
       rows[i] = row
     elif (rows[i].cells, rows[i].split) == (row.cells, row.split):
-      report["file listed twice alike"] += 1
+      report["file listed twice (read once)"] += 1
     else:
       spoilt.add(i)
   report["file listed twice with different labels"] = len(spoilt)

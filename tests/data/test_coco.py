@@ -120,8 +120,9 @@ def test_validation_and_single_files(tmp_path):
   (tmp_path / "instances_test.json").rename(tmp_path / "instances_val.json")
   (tmp_path / "test").rename(tmp_path / "val")
   assert read(tmp_path).report == {"validation image read as test": 3}
-  three = read(tmp_path, train=("instances_train.json", "train"), test=("instances_val.json", "val"))
-  assert set(three.splits) == {"train", "test"} and three.report == {}
+  given = read(tmp_path, train=("instances_train.json", "train"),
+               test=("instances_val.json", "val"))
+  assert set(given.splits) == {"train", "test"} and given.report == {}
   (tmp_path / "instances_val.json").unlink()
   (tmp_path / "instances_train.json").rename(tmp_path / "instances_default.json")
   (tmp_path / "train").rename(tmp_path / "images")
@@ -137,7 +138,7 @@ def test_the_largest_boxes_are_kept_and_the_rest_is_counted(tmp_path):
   assert objects.shape == (3, 2, 5)
   np.testing.assert_allclose(objects[1, :, :4] * 20, [[0, 0, 9, 9], [0, 0, 9, 8]], rtol=1e-6)
   assert source.splits["train"].arrays()["count"].tolist() == [0, 4, 0]
-  assert source.report == {"box beyond max_objects": 2, "class without a training box": 1}
+  assert source.report == {"box beyond max_objects": 2, "class without a training box (kept)": 1}
 
 
 def annotation(**changes):
@@ -145,7 +146,7 @@ def annotation(**changes):
 
 
 @pytest.mark.parametrize("added,report,more", [
-    (annotation(iscrowd=1), {"crowd annotation (left out)": 1}, 0),
+    (annotation(iscrowd=1), {"crowd annotation": 1}, 0),
     (annotation(image_id=99), {"annotation of an unknown image": 1}, 0),
     (annotation(image_id=[1]), {"annotation of an unknown image": 1}, 0),
     (annotation(category_id=99), {"annotation of an unknown category": 1}, 0),
@@ -202,7 +203,7 @@ def test_images_with_something_wrong(tmp_path):
   source = read(tmp_path)
   assert source.report == {
       "listed image that is not there": 1, "truncated or damaged image": 1, "empty file": 1,
-      "image entry without id and file name of its own": 4, "file listed twice": 1,
+      "image entry without its own id and name": 4, "file listed twice (read once)": 1,
       "wrong file extension (read)": 1, "image of another size than listed (boxes scaled)": 1,
       "image of another shape than listed": 1}
   names = [path.rpartition("/")[2] for path in source.splits["train"].paths]
@@ -220,7 +221,7 @@ def test_orientation_and_listed_sizes(tmp_path):
     stored = Image.open(tmp_path / split / "1.png")
     stored.save(tmp_path / split / "1.png", exif=exif)
   assert read(tmp_path).report == {"image of another shape than listed": 2,
-                                   "class without a training box": 1}
+                                   "class without a training box (kept)": 1}
   as_stored = read(tmp_path, upright=False)
   assert as_stored.report == {}
   np.testing.assert_array_equal(as_stored.splits["train"].arrays()["objects"][0], PADDED[1])
@@ -231,7 +232,7 @@ def test_categories_of_all_splits(tmp_path):
   test["annotations"][0]["category_id"] = 3
   source = read(data_set(tmp_path, test=test))
   assert source.labels["classes"].names == ("cat", "cow", "dog")
-  assert source.report == {"class without a training box": 1}
+  assert source.report == {"class without a training box (kept)": 1}
   assert source.splits["test"].arrays()["objects"][0, :, 4].tolist() == [1, 0]
   assert source.splits["train"].arrays()["objects"][0, :, 4].tolist() == [2, 0]
 
@@ -240,7 +241,7 @@ def test_content_in_two_splits_is_left_out_of_train(tmp_path):
   data_set(tmp_path)
   shutil.copy(tmp_path / "test/2.png", tmp_path / "train/2.png")
   source = read(tmp_path)
-  assert source.report == {"same content in two splits (left out of train, of validation)": 1}
+  assert source.report == {"same content in a later split": 1}
   assert source.splits["train"].arrays()["count"].tolist() == [2, 0]
 
 
@@ -265,7 +266,7 @@ def emptied(root):
      "instances_train.json, line 2, column 11: expected JSON, found: Expecting"),
     (lambda root: (root / "instances_train.json").write_bytes(b'{"images": "\xff\xfe'),
      "expected JSON in UTF-8"),
-    (lambda root: write(root / "instances_train.json", "[]"), "expected lists of .* found no images"),
+    (lambda root: write(root / "instances_train.json", "[]"), "expected lists .* found no images"),
     (lambda root: write(root / "instances_train.json", {"images": [], "annotations": []}),
      "expected lists of .* found no categories"),
     (lambda root: write(root / "instances_train.json", listing(categories=[{"name": "x"}])),
@@ -273,14 +274,16 @@ def emptied(root):
     (lambda root: write(root / "instances_train.json",
                         listing(categories=[*CATEGORIES, {"id": 2, "name": "lynx"}])),
      "one name for each category id, found 'cat' and 'lynx' for 2"),
-    (lambda root: write(root / "instances_test.json", listing(categories=[{"id": 2, "name": "lynx"}])),
-     "instances_test.json: expected the categories of the other splits, found 'lynx' in place of 'cat'"),
+    (lambda root: write(root / "instances_test.json",
+                        listing(categories=[{"id": 2, "name": "lynx"}])),
+     "test.json: expected the categories of the other splits, found 'lynx' in place of 'cat'"),
     (lambda root: [write(root / f"instances_{split}.json", listing(annotations=[]))
                    for split in ("train", "test")], "expected boxes, found none to use"),
     (lambda root: write(root / "instances_test.json", listing(images=[])),
      "instances_test.json: expected images .*, found none \\(3 annotation of an unknown image"),
     (lambda root: emptied(root / "test"), "usable images for test, found none \\(3 empty file\\)"),
-    (lambda root: shutil.rmtree(root / "train"), "train.json: expected images that are in .*train, found none \\(3 listed image"),
+    (lambda root: shutil.rmtree(root / "train"),
+     "train.json: expected images that are in .*train, found none \\(3 listed image"),
     (lambda root: draw(root / "test", 1, [dict(entry, width=33) for entry in IMAGES]),
      "images for test, found none \\(3 image of another shape"),
 ])

@@ -24,7 +24,8 @@ def content(image, format="PNG", **options):
 
 
 def read(image, format="PNG", size=8, options=None, **how):
-  return images.decode(content(image, format, **(options or {})), images.reading(size, **how)).pixels
+  file = content(image, format, **(options or {}))
+  return images.decode(file, images.reading(size, **how)).pixels
 
 
 def plain(mode, colour):

@@ -32,7 +32,7 @@ def test_cifar10_photographs():
 
 
 def test_blood_cells():
-  """BCCD: every white cell is a large dark patch, so its box must be darker than the image."""
+  """BCCD: white cells are large dark patches, so boxes are darker than their mirror images."""
   path = folder("bccd_coco")
   for fit in ("pad", "crop", "stretch"):
     source = coco("", path=path, size=128, fit=fit)
@@ -42,7 +42,8 @@ def test_blood_cells():
     arrays = source.splits["train"].arrays()
     darker = []
     for image, objects in zip(arrays["image"], arrays["objects"]):
-      x, y = (objects[objects[:, 4] == 1][:, [[0, 2], [1, 3]]].transpose(1, 0, 2) * 128).round()
-      for (x1, x2), (y1, y2) in zip(x.astype(int), y.astype(int)):
-        darker.append(image[y1:y2, x1:x2, 0].mean() < image[..., 0].mean() - 5)
-    assert len(darker) > 150 and np.mean(darker) > 0.95
+      for x1, y1, x2, y2 in (objects[objects[:, 4] == 1, :4] * 128).round().astype(int):
+        if min(x2 - x1, y2 - y1) >= 16:  # not cut to a sliver
+          mirrored = image[:, ::-1][y1:y2, x1:x2, 0]
+          darker.append(image[y1:y2, x1:x2, 0].mean() < mirrored.mean())
+    assert len(darker) > 150 and np.mean(darker) > 0.9  # half of them where boxes lie anywhere
