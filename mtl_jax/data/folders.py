@@ -89,7 +89,7 @@ def image_folder(dir: str | os.PathLike[str], *, download: bool = True, path: st
   names = image_files.files_below(root, report)
   table = label_table.read_table(root / pathlib.Path(labels).expanduser()) if labels else None
   levels = tuple(levels) or (() if table else ("label",))
-  if len(set(levels)) < len(levels) or set(levels) & {"image", "present", *_fields(table)}:
+  if len(set(levels)) < len(levels) or set(levels) & {"image", "present"}:
     raise UserError(f"levels: expected names that no other label has, found {', '.join(levels)}")
   if table:
     names = [name for name in names if root / name != table.path]
@@ -106,12 +106,10 @@ def image_folder(dir: str | os.PathLike[str], *, download: bool = True, path: st
   if table:
     more, what = label_table.columns(table, [rows[name] for name in files.names], files, report,
                                      kinds=kinds, unit=boxes)
+    if clash := set(columns) & set(more):
+      raise UserError(f"levels: expected names that no other label has, found {min(clash)}")
     columns, meaning = {**columns, **more}, {**meaning, **what}
   return _source(files, columns, meaning, levels, report, test_fraction, seed)
-
-
-def _fields(table: label_table.Table | None) -> Sequence[str]:
-  return table.fields if table else ()
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, str]:

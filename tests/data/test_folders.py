@@ -243,7 +243,7 @@ def test_what_is_wrong_with_a_table_is_counted(tmp_path):
     ("file,age\n1.png,5\n", {"kinds": ("size:number",)}, "kinds: .* columns age; found 'size:nu"),
     ("file,age\n1.png,5\n", {"kinds": ("age:box",)}, "kinds: .* found 'age:box'"),
     ("file,age\n1.png,5\n", {"boxes": "feet"}, "boxes: expected pixels or fractions"),
-    ("file,age\n1.png,5\n", {"levels": ("age",)}, "levels: expected names that no other"),
+    ("file,a,a_x1,a_y1,a_x2,a_y2\n1.png,5,0,0,5,5\n", {}, "line 1: .* found 'a' for a box and"),
     ("file,x1,y1,x2,y2\n1.png,0,0,0.5,1\n", {}, "found none beyond 1\nset boxes=fractions"),
     ("file,x1,y1,x2,y2\n1.png,0,0,5,one\n", {}, "line 2: box: expected numbers .* 'one'"),
     ("file,x1,y1,x2,y2\n1.png,5,5,4,4\n", {}, "box: .* found none to use .*1 box without area"),
@@ -416,9 +416,12 @@ def test_permissions(tmp_path):
     ({"test_fraction": 0.7}, "test_fraction: expected more than 0 and at most 0.5, found 0.7"),
     ({"test_fraction": 0.01}, "enough images of one class to cut a fraction of 0.01 from, found 3"),
     ({"levels": ("image",)}, "levels: expected names"),
+    ({"levels": ("age", "age")}, "levels: expected names that no other label has, found age, age"),
+    ({"levels": ("age",), "labels": "ages.csv"}, "levels: expected names .* found age"),
     ({"size": None}, "size: expected pixels"),
 ])
 def test_arguments_that_are_refused(tmp_path, arguments, message):
   fill(tmp_path, [f"{animal}/{i}.png" for animal in "ab" for i in range(3)])
+  table(tmp_path, "file,age\na/1.png,5\n", "ages.csv")
   with pytest.raises(UserError, match=message):
     image_folder("unused", **{"path": str(tmp_path), "size": 6, **arguments})
