@@ -185,8 +185,8 @@ def columns(table: Table, rows: Sequence[Row | None], files: Files, report: Repo
   wanted = _wanted(kinds, table.fields)
   grouped = _box_columns(table.fields, wanted)
   if clash := set(grouped) & set(table.fields):
-    raise table.error(1, f"expected a name of its own for each label, found {min(clash)!r} for a box "
-                         "and for a column")
+    raise table.error(1, f"expected a name of its own for each label, found {min(clash)!r} for a "
+                         "box and for a column")
   for label, corners in grouped.items():
     arrays[label], labels[label] = _box_column(table, rows, files, label, corners, unit, report)
   for field in table.fields:

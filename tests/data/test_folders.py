@@ -243,7 +243,7 @@ def test_what_is_wrong_with_a_table_is_counted(tmp_path):
     ("file,age\n1.png,5\n", {"kinds": ("size:number",)}, "kinds: .* columns age; found 'size:nu"),
     ("file,age\n1.png,5\n", {"kinds": ("age:box",)}, "kinds: .* found 'age:box'"),
     ("file,age\n1.png,5\n", {"boxes": "feet"}, "boxes: expected pixels or fractions"),
-    ("file,a,a_x1,a_y1,a_x2,a_y2\n1.png,5,0,0,5,5\n", {}, "line 1: .* found 'a' for a box and"),
+    ("file,a,a_x1,a_y1,a_x2,a_y2\n1.png,5,0,0,5,5\n", {}, "line 1: .* found 'a' for a box"),
     ("file,x1,y1,x2,y2\n1.png,0,0,0.5,1\n", {}, "found none beyond 1\nset boxes=fractions"),
     ("file,x1,y1,x2,y2\n1.png,0,0,5,one\n", {}, "line 2: box: expected numbers .* 'one'"),
     ("file,x1,y1,x2,y2\n1.png,5,5,4,4\n", {}, "box: .* found none to use .*1 box without area"),
