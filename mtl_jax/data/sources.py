@@ -1,11 +1,13 @@
 """The table of sources, and what stands in for one that cannot be had."""
 
-from mtl_jax.data import cifar
+from mtl_jax.data import cifar, coco, folders
 from mtl_jax.data.source import Source
 
 SOURCES = {
     "cifar10": cifar.cifar10,
     "cifar100": cifar.cifar100,
+    "coco": coco.coco,
+    "image_folder": folders.image_folder,
 }
 
 
