@@ -29,7 +29,7 @@ def load(config: ConfigDict, given: Mapping[str, Source] | None = None) -> dict[
   """
   loaded = {}
   for stream, section in config.data.streams.items():
-    source = (given or {}).get(stream) or _source(section, config.data)
+    source = (given or {}).get(stream) or _source(stream, section, config.data)
     try:
       if config.data.fold is not None:
         source = with_fold(source, config.data.folds, config.data.fold, config.seed)
@@ -40,10 +40,11 @@ def load(config: ConfigDict, given: Mapping[str, Source] | None = None) -> dict[
   return loaded
 
 
-def _source(section: ConfigDict, data: ConfigDict) -> Source:
-  arguments = {key: value for key, value in section.items() if key != "name"}
+def _source(stream: str, section: ConfigDict, data: ConfigDict) -> Source:
+  arguments = {key: value for key, value in section.items() if key != "augmentation"}
   try:
-    return sources.SOURCES[section.name](data.dir, download=data.download, **arguments)
+    return sections.make(f"config.data.streams.{stream}", arguments, sources.SOURCES,
+                         dir=data.dir, download=data.download)
   except MissingData:
     alone_on_cpu = jax.process_count() == 1 and jax.default_backend() == "cpu"
     wanted = data.missing == "sample" or (data.missing == "auto" and alone_on_cpu)

@@ -148,6 +148,14 @@ def _words(hint: Any) -> str:
   return names.get(hint) or f"a value like {getattr(hint, '__name__', hint)}"
 
 
+def check_given(where: str, section: Mapping[str, Any],
+                table: Mapping[str, Callable[..., Any]]) -> None:
+  """Raises UserError where a completed section lacks what its factory has no default for."""
+  for name, parameter in inspect.signature(table[section["name"]]).parameters.items():
+    if parameter.default is inspect.Parameter.empty and section.get(name, ...) is None:
+      raise UserError(f"{where}.{name}: expected a value, found none")
+
+
 def check_sizes(where: str, arguments: Mapping[str, Any]) -> None:
   """Raises UserError where an integer, alone or in a tuple, is not a size: at least 1."""
   for name, value in arguments.items():
