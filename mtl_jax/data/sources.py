@@ -1,12 +1,14 @@
 """The table of sources, and what stands in for one that cannot be had."""
 
-from mtl_jax.data import cifar, tfds
+from mtl_jax.data import cifar, idx, multi_fashion, tfds
 from mtl_jax.data.source import Source
 
 SOURCES = {
     "cifar10": cifar.cifar10,
     "cifar100": cifar.cifar100,
     "tfds": tfds.tfds,
+    "idx": idx.idx,
+    "multi_fashion": multi_fashion.multi_fashion,
 }
 
 
