@@ -7,10 +7,14 @@
 | `Tensor` or `Scalar` of floats | number (scalar or vector), map (as high and wide as the image) |
 | dictionary of bools, such as CelebA's attributes | binary, in the order of their names |
 | `BBoxFeature`: ymin, xmin, ymax, xmax | box: x1, y1, x2, y2 |
-| `Sequence` of dictionaries with a box and at most one class, or a class `label` | objects; where the dictionary has no class, all are of one; those marked `is_crowd` are left out |
-| `Image` of one uint8 channel beside the image, `LabeledImage` | mask; 255 is a missing label, where there are not that many classes |
+| `Sequence` of dictionaries with one box | objects |
+| `Image` of one uint8 channel beside the image, `LabeledImage` | mask |
 
-Anything else is no label, and neither is a feature of this kind whose size is not fixed.
+The class of an object is the only `ClassLabel` of its dictionary, or the one called `label`; where
+there is none, all objects are of one class. Objects marked `is_crowd` are left out. A pixel of 255
+in a mask is a missing label, where there are not that many classes.
+
+Anything else is no label, and neither is a number or a map whose size is not fixed.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mtl_jax.data.source import Label
+from mtl_jax.data.stacking import nearest
 
 if TYPE_CHECKING:
   from tensorflow_datasets import features as tfds_features
@@ -166,7 +171,8 @@ def _flags(value: Any, place: Place, *, names: Sequence[str]) -> np.ndarray:
 def _box(value: Any, place: Place) -> np.ndarray:
   box = np.asarray(value, np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]].reshape(np.shape(value))
   if not ((0 <= box) & (box <= 1)).all():
-    raise ValueError(f"expected boxes as fractions of the image, found {np.asarray(value).tolist()}")
+    raise ValueError("expected boxes as fractions of the image, "
+                     f"found {np.asarray(value).tolist()}")
   return box
 
 
@@ -187,12 +193,12 @@ def _shown(value: Any, box: str) -> list[int]:
 
 
 def _mask(value: bytes, place: Place, *, classes: int) -> np.ndarray:
-  mask = _nearest(_pixels(value), place).astype(np.int32)
+  mask = _at_result(_pixels(value), place).astype(np.int32)
   return np.where((mask == _IGNORED) & (classes <= _IGNORED), np.int32(-1), mask)
 
 
 def _map(value: Any, place: Place) -> np.ndarray:
-  return _nearest(np.asarray(value), place).astype(np.float32)
+  return _at_result(np.asarray(value), place).astype(np.float32)
 
 
 def _pixels(value: bytes) -> np.ndarray:
@@ -204,11 +210,8 @@ def _pixels(value: bytes) -> np.ndarray:
     raise ValueError(f"expected masks as images, found one damaged: {error}") from error
 
 
-def _nearest(pixels: np.ndarray, place: Place) -> np.ndarray:
-  """Pixels [H, W, …] at the size that the image comes to; each is the nearest of the original."""
+def _at_result(pixels: np.ndarray, place: Place) -> np.ndarray:
   if pixels.shape[:2] != place.original:
     raise ValueError("expected labels of pixels to be of the size of their image, "
                      f"{list(place.original)}, found {list(pixels.shape[:2])}")
-  rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new)
-                   for old, new in zip(place.original, place.result))
-  return pixels[rows[:, None], columns]
+  return nearest(pixels, place.result)

@@ -1,7 +1,7 @@
 """IDX files, the format of MNIST and of the sets made after it (Fashion-MNIST, KMNIST, EMNIST).
 
-A folder holds four of them, gzipped or not: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and
-the same for test, `t10k-…` or `test-…`. A dot instead of a dash before "idx", a prefix such as
+A folder holds four of them, gzipped or not: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`
+and the same for test, `t10k-…` or `test-…`. A dot instead of a dash before "idx", a prefix such as
 EMNIST's `emnist-letters-` and the extension `.gz` may come with the names.
 """
 
@@ -84,8 +84,8 @@ def read_file(path: pathlib.Path, num_axes: int) -> np.ndarray:
                     "fetch the file again") from error
   start = 4 + 4 * num_axes
   if len(content) < start or content[:4] != bytes([0, 0, _UBYTE, num_axes]):
-    raise UserError(f"expected {path} to be an IDX file of bytes with {num_axes} axes, which begins "
-                    f"with 0000080{num_axes}, found {content[:4].hex() or 'nothing'}")
+    raise UserError(f"expected {path} to be an IDX file of bytes with {num_axes} axes, which "
+                    f"begins with 0000080{num_axes}, found {content[:4].hex() or 'nothing'}")
   shape = np.frombuffer(content[4:start], ">u4").tolist()
   size = int(np.prod(shape, dtype=object))
   if len(content) - start != size:
@@ -112,6 +112,7 @@ def _found(folder: pathlib.Path) -> dict[str, dict[str, pathlib.Path]]:
   for split, parts in files.items():
     for part, axes in (("images", 3), ("labels", 1)):
       if part not in parts:
-        raise UserError(f"expected {split}-{part}-idx{axes}-ubyte or {split}-{part}-idx{axes}-ubyte.gz"
-                        f" in {folder}, found none" + (" (nor t10k-…)" if split == "test" else ""))
+        name = f"{split}-{part}-idx{axes}-ubyte"
+        raise UserError(f"expected {name} or {name}.gz in {folder}, found none"
+                        + (" (nor t10k-…)" if split == "test" else ""))
   return files

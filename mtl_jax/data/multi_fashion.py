@@ -28,10 +28,10 @@ def multi_fashion(dir: str | os.PathLike[str], *, download: bool = True, path: s
   """Two overlaid garments, one for each of two tasks: `left` at the top left, `right` below it.
 
   The recipe of MultiMNIST (Sabour et al., NeurIPS 2017, arXiv:1710.09829) with garments for digits
-  (Lin et al., NeurIPS 2019, arXiv:1912.12854): garments of 28x28 lie in the upper left and the lower
-  right corner of a canvas of 36x36, and the brighter pixel wins. In each split every garment is as
-  often the left one as any other, and so it is on the right; train pairs are of train garments only,
-  test pairs of test garments.
+  (Lin et al., NeurIPS 2019, arXiv:1912.12854): garments of 28x28 lie in the upper left and the
+  lower right corner of a canvas of 36x36, and the brighter pixel wins. In each split every garment
+  is as often the left one as any other, and so it is on the right; train pairs are of train
+  garments only, test pairs of test garments.
 
   How published sets differ: Sabour et al. shift each digit by up to 4 pixels around the middle and
   pair different classes only; Sener and Koltun (NeurIPS 2018) shift the second by 6 and shrink the
@@ -44,8 +44,8 @@ def multi_fashion(dir: str | os.PathLike[str], *, download: bool = True, path: s
       classes in that format; where the Debian package dataset-fashion-mnist puts it when None.
     train_examples: how many.
     test_examples: how many.
-    reconstruct: whether there is a third label `right_image`, the right garment alone on the canvas:
-      float32 [36, 36, 1], 0 to 1. It is made when it is read; all at once, 60,000 take 311 MB.
+    reconstruct: whether there is a third label `right_image`, the right garment alone on the
+      canvas: float32 [36, 36, 1], 0 to 1. It is made when it is read; all 60,000 take 311 MB.
     seed: of the pairing, the same on every machine.
 
   Raises:
@@ -105,7 +105,7 @@ class Pairs:
 
 
 def _pairs(garments: Mapping[str, np.ndarray], size: int, seed: str) -> Pairs:
-  """So many pairs of garments, drawn from the raw output of PCG64, whose stream numpy guarantees."""
+  """Pairs of garments, drawn from the raw output of PCG64, whose stream numpy guarantees."""
   random = np.random.PCG64(list(seed.encode()))
   images = garments["image"][..., 0]
 

@@ -1,7 +1,6 @@
 """Data sets that TFDS has prepared as array_record or tfrecord, read without TensorFlow."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +12,7 @@ import numpy as np
 
 from mtl_jax.data.features import Column, Place
 from mtl_jax.data.images import Reading, Unusable, decode
+from mtl_jax.data.stacking import stacked
 from mtl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,19 +54,10 @@ class Records:
 
   @functools.cached_property
   def _stacked(self) -> Mapping[str, np.ndarray]:
-    size = len(self)
-    stacked = {name: np.empty((size, *value.shape), value.dtype)
-               for name, value in self[0].items()}
+    def read(indices: Sequence[int]) -> Iterator[Mapping[str, np.ndarray]]:
+      return map(self._decoded, self.records.read(indices))
 
-    def fill(start: int) -> None:
-      indices = range(start, min(start + _CHUNK, size))
-      for index, record in zip(indices, self.records.read(indices)):
-        for name, value in self._decoded(record).items():
-          stacked[name][index] = value
-
-    with futures.ThreadPoolExecutor() as pool:
-      list(pool.map(fill, range(0, size, _CHUNK)))
-    return stacked
+    return stacked(self[0], len(self), read, _CHUNK)
 
   def _decoded(self, record: bytes) -> Mapping[str, np.ndarray]:
     example = self.features.deserialize_example_np(record, decoders=self._undecoded)
@@ -115,8 +106,8 @@ def prepared(dataset: str, root: pathlib.Path) -> "tfds.core.DatasetBuilder | No
   """The TFDS builder of a data set as it is prepared under `root`; None where it is not.
 
   Args:
-    dataset: its name as TFDS writes it: "mnist", "mnist:3.*", "coco/2017", "robotics:mt_opt/sd". One
-      with a namespace is looked for in `<root>/<namespace>` and in `root`.
+    dataset: its name as TFDS writes it: "mnist", "mnist:3.*", "coco/2017", "robotics:mt_opt/sd".
+      One with a namespace is looked for in `<root>/<namespace>` and in `root`.
     root: a data_dir of TFDS.
 
   Raises:

@@ -1,6 +1,6 @@
 """The table of sources, and what stands in for one that cannot be had."""
 
-from mtl_jax.data import cifar, idx, multi_fashion, tfds
+from mtl_jax.data import celeba, cifar, cityscapes, idx, multi_fashion, nyuv2, tfds
 from mtl_jax.data.source import Source
 
 SOURCES = {
@@ -9,6 +9,9 @@ SOURCES = {
     "tfds": tfds.tfds,
     "idx": idx.idx,
     "multi_fashion": multi_fashion.multi_fashion,
+    "celeba": celeba.celeba,
+    "nyuv2": nyuv2.nyuv2,
+    "cityscapes": cityscapes.cityscapes,
 }
 
 

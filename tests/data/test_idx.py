@@ -15,6 +15,9 @@ SIZES = {"train": 50, "t10k": 20}
 SHAPE = (7, 5)
 
 
+INSTALLED = pathlib.Path("/usr/share/datasets/fashion-mnist")  # of dataset-fashion-mnist
+
+
 def encoded(array: np.ndarray) -> bytes:
   """As http://yann.lecun.com/exdb/mnist describes it: 0, 0, type 8, axes; sizes, most significant
   byte first; the bytes."""
@@ -127,3 +130,16 @@ def test_two_data_sets_in_one_folder_are_refused(tmp_path):
   write(tmp_path, made(), name="emnist-digits-{split}-{part}-idx{axes}-ubyte")
   with pytest.raises(UserError, match="found those of emnist-digits-, no prefix"):
     idx("", path=str(tmp_path))
+
+
+@pytest.mark.skipif(not INSTALLED.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_fashion_mnist_itself():
+  source = idx("", path=str(INSTALLED))
+  train, test = (source.splits[split].arrays() for split in ("train", "test"))
+  assert train["image"].shape == (60_000, 28, 28, 1) and test["image"].shape == (10_000, 28, 28, 1)
+  for columns in (train, test):
+    np.testing.assert_array_equal(np.bincount(columns["label"]), len(columns["label"]) // 10)
+  # The mean and the first labels that are widely quoted.
+  assert abs(train["image"].mean() / 255 - 0.2860) < 5e-5
+  assert train["label"][:5].tolist() == [9, 0, 0, 3, 0]
+  assert test["label"][:5].tolist() == [9, 2, 1, 1, 6]
