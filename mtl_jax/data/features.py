@@ -101,8 +101,8 @@ def _tensor_column(feature: "tfds_features.Tensor",
   shape, dtype = feature.shape, feature.np_dtype
   if len(shape) <= 1 and None not in shape:
     if dtype == np.bool_:
-      return Column(Label("binary"), _class) if shape else Column(
-          Label("class", 2, ("false", "true")), _class)
+      flags = Label("binary", names=tuple(map(str, range(*shape)))) if shape else None
+      return Column(flags or Label("class", 2, ("false", "true")), _class)
     return Column(Label("number"), _number) if np.issubdtype(dtype, np.floating) else None
   is_map = len(shape) in (2, 3) and np.issubdtype(dtype, np.floating) and None not in shape[2:]
   if is_map and all(ours in (None, theirs) for ours, theirs in zip(shape[:2], size)):

@@ -1,25 +1,26 @@
 """The image files of one data set: found, each read once and checked, divided into splits.
 
 The rules for whatever is wrong, for every source made of image files. What is counted stands in
-`Source.report` under these words; what is refused raises UserError.
+`Source.report`, under these words:
 
-| what is wrong | what is done | in the report |
+| counted | which is | done |
 |---|---|---|
-| hidden file or folder (`.DS_Store`, `._a.jpg`, `__MACOSX`, `Thumbs.db`, …) | left out | "hidden file" |
-| folder without a file | left out | "empty folder" |
-| empty file | left out | "empty file" |
-| text, archives and what else is no image | left out | "not an image" |
-| image cut short or damaged | left out | "truncated or damaged image" |
-| floating-point image, or one of 32 bits a channel | left out | "image of more than 16 bits a channel" |
-| more than 179 million pixels, a decompression bomb | left out | "image of too many pixels" |
-| link to nothing, file without permission to read | left out | "file that cannot be opened" |
-| extension of another format, or none | read | "wrong file extension (read)" |
-| the same content in two splits | left out of train, or of validation where it is in test too | "same content in two splits (left out of train, of validation)" |
-| the same content twice in a split | read | "same content twice in a split (read)" |
-| validation but no test split | validation is read as test; validation is then cut from train | "validation image read as test" |
-| neither of them | test is cut from train by `test_fraction` and `seed`, see `held_out` | – |
-| folder without permission to be listed | refused | |
-| no usable image at all, or none in a split | refused | |
+| hidden file | `.DS_Store`, `._a.jpg`, `__MACOSX`, `Thumbs.db`, hidden folders | left out |
+| empty folder | a folder without any file | left out |
+| empty file | | left out |
+| not an image | text, archives and whatever else is none | left out |
+| truncated or damaged image | | left out |
+| image of more than 16 bits | a channel, or of floating-point numbers | left out |
+| image of too many pixels | more than 179 million: a decompression bomb | left out |
+| file that cannot be opened | a link to nothing, or no permission to read | left out |
+| wrong file extension (read) | that of another format, or none | read |
+| same content in a later split | the order is train, validation, test | left out of the earlier |
+| same content twice in a split (read) | | read |
+| validation image read as test | there is validation, but no test | moved |
+
+Where there is neither validation nor test, test is cut from train by `held_out`; validation is cut
+later. Refused, by a UserError, are a folder without permission to be listed, and a folder or a
+split of it without any usable image.
 """
 
 import collections
@@ -225,8 +226,7 @@ def require(files: Files, splits: Iterable[str], report: Report) -> None:
   """Raises UserError where no file is left of one of the splits."""
   for split in sorted(set(splits) - set(files.splits.tolist())):
     raise UserError(f"{files.root}: expected usable images{split and f' for {split}'}, found none "
-                    f"({in_words(report)})\ncheck that path names the folder of the data itself, and "
-                    "what is in it")
+                    f"({in_words(report)})\ncheck that path names the folder of the data itself")
 
 
 def in_words(report: Report) -> str:
@@ -296,15 +296,16 @@ def divided(files: Files, groups: Sequence[object], fraction: float, seed: int,
   elif "test" not in splits:
     held = held_out(files.names, groups, fraction, seed)
     if not held.any():
+      most = max(collections.Counter(groups).values())
       raise UserError(f"{files.root}: expected enough images of one class to cut a fraction of "
-                      f"{fraction} from, found {max(collections.Counter(groups).values())} at most\n"
+                      f"{fraction} from, found {most} at most\n"
                       "bring a test split, or set test_fraction")
     splits = np.where(held, "test", splits)
   last, times = {}, collections.Counter(zip(files.digests, splits.tolist()))
   for digest, split in times:
     last[digest] = max(last.get(digest, split), split, key=ORDER.index)
   fresh = np.array([last[digest] == split for digest, split in zip(files.digests, splits)], bool)
-  report["same content in two splits (left out of train, of validation)"] = int((~fresh).sum())
+  report["same content in a later split"] = int((~fresh).sum())
   report["same content twice in a split (read)"] = sum(
       count - 1 for (digest, split), count in times.items() if last[digest] == split)
   fresh_files = dataclasses.replace(files, splits=splits).take(fresh)

@@ -34,6 +34,7 @@ def features():
       "weight": kinds.Scalar(dtype=np.float64),
       "pose": kinds.Tensor(shape=(3,), dtype=np.float32),
       "alive": kinds.Scalar(dtype=np.bool_),
+      "marks": kinds.Tensor(shape=(2,), dtype=np.bool_),
       "head": kinds.BBoxFeature(),
       "objects": kinds.Sequence({"bbox": kinds.BBoxFeature(), "is_crowd": np.bool_,
                                  "label": kinds.ClassLabel(num_classes=5),
@@ -63,6 +64,7 @@ def drawn(i: int) -> dict:
   return {
       "photo": Image.fromarray(pixels), "species": i % 3, "file_name": f"{i}.jpg",
       "weight": i / 4, "pose": np.arange(3, dtype=np.float32) + i, "alive": i % 2 == 0,
+      "marks": np.array([i > 2, True]),
       "head": box, "objects": objects, "faces": [{"bbox": box, "blur": 0}] * (i % 3),
       "trimap": Image.fromarray(mask), "parts": Image.fromarray(mask),
       "attributes": {"Young": i % 2 == 0, "5_o_Clock": True, "Bald": False},
@@ -130,6 +132,7 @@ def test_each_feature_becomes_its_label(pets):
       "weight": Label("number"),
       "pose": Label("number"),
       "alive": Label("class", 2, ("false", "true")),
+      "marks": Label("binary", None, ("0", "1")),
       "head": Label("box"),
       "objects": Label("objects", 5, ("0", "1", "2", "3", "4")),
       "faces": Label("objects", 1),
@@ -154,6 +157,7 @@ def test_values_are_those_that_were_prepared(pets):
       assert example["image"].dtype == np.uint8 and example["weight"].dtype == np.float32
       assert example["species"] == i % 3 and example["species"].dtype == np.int32
       assert example["alive"] == (i % 2 == 0)
+      np.testing.assert_array_equal(example["marks"], [i > 2, 1])
       np.testing.assert_array_equal(example["pose"], expected["pose"])
       np.testing.assert_allclose(example["head"], OURS)
       np.testing.assert_array_equal(example["attributes"], [1, 0, i % 2 == 0])
