@@ -4,10 +4,7 @@ What TFDS has prepared is read where it lies. Otherwise the data set is prepared
 do it, from the official binary archive, which is downloaded if nobody has put it in place.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import dataclasses
 import functools
-import io
 import os
 import pathlib
 import queue
@@ -19,12 +16,16 @@ import uuid
 
 import numpy as np
 
-from mtl_jax.data.source import Label, Source
+from mtl_jax.data.records import broken, local_folder, prepared, preparing
+from mtl_jax.data.source import Source
+from mtl_jax.data.tfds import source
 from mtl_jax.errors import MissingData, UserError
 
 if TYPE_CHECKING:
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.download import checksums
+
+LABELS = {"cifar10": ("label",), "cifar100": ("label", "coarse_label")}
 
 _PROBE_SECONDS = 5.0
 _TIMEOUT = (5.0, 30.0)  # seconds to connect, and between two answers
@@ -50,139 +51,15 @@ def cifar100(dir: str | os.PathLike[str], *, download: bool = True) -> Source:
   return _source("cifar100", dir, download)
 
 
-@dataclasses.dataclass(frozen=True)
-class Records:
-  """Examples read and decoded when they are asked for.
-
-  Attributes:
-    records: one serialised example each.
-    features: the TFDS features that they were serialised by.
-    labels: names of the integer labels to keep.
-  """
-
-  records: Sequence[bytes]
-  features: "tfds.features.FeaturesDict"
-  labels: Sequence[str]
-
-  def __len__(self) -> int:
-    return len(self.records)
-
-  def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-    return self._decoded(self.records[index])
-
-  def arrays(self) -> Mapping[str, np.ndarray]:
-    return self._columns
-
-  @functools.cached_property
-  def _columns(self) -> Mapping[str, np.ndarray]:
-    records = self.records
-    if hasattr(records, "__getitems__"):  # ten times faster than one by one
-      records = records.__getitems__(list(range(len(records))))
-    examples = [self._decoded(record) for record in records]
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-  def _decoded(self, record: bytes) -> Mapping[str, np.ndarray]:
-    import tensorflow_datasets as tfds
-    from PIL import Image
-    example = self.features.deserialize_example_np(
-        record, decoders={"image": tfds.decode.SkipDecoding()})
-    image = np.asarray(Image.open(io.BytesIO(example["image"])))
-    return {"image": image, **{name: np.asarray(example[name], np.int32) for name in self.labels}}
-
-
 def _source(name: str, dir: str | os.PathLike[str], download: bool) -> Source:
-  import tensorflow_datasets as tfds
-  if "://" in os.fspath(dir):
-    raise UserError(f"expected a folder of this machine as data.dir, found {dir}")
-  root = pathlib.Path(dir).expanduser()
-  builder = _prepared(name, root)
+  root = local_folder(dir)
+  builder = prepared(name, root)
   if builder is None:
     _prepare(name, root, download)
-    builder = _prepared(name, root)
+    builder = prepared(name, root)
   if builder is None:
-    raise _broken(root / name, "its description is missing")
-  features = builder.info.features
-  labels = {key: Label("class", feature.num_classes, tuple(feature.names))
-            for key, feature in features.items()
-            if isinstance(feature, tfds.features.ClassLabel)}
-  return Source(
-      origin=f"tfds:{name}:{builder.version}",
-      splits={split: Records(_records(builder, split), features, tuple(labels))
-              for split in ("train", "test")},
-      labels=labels,
-      augmentation=("crop", "flip"),
-  )
-
-
-# ---- Reading what TFDS has prepared.
-
-
-def _prepared(name: str, root: pathlib.Path) -> "tfds.core.DatasetBuilder | None":
-  """The TFDS builder of the data set as it is prepared under `root`; None where it is not."""
-  from tensorflow_datasets.core import read_only_builder, registered
-  try:
-    return read_only_builder.builder_from_files(name, data_dir=root)
-  except registered.DatasetNotFoundError:
-    return None
-  except OSError as error:
-    raise _broken(root / name, error) from error
-
-
-def _records(builder: "tfds.core.DatasetBuilder", split: str) -> Sequence[bytes]:
-  import tensorflow_datasets as tfds
-  file_format = builder.info.file_format.value
-  if file_format not in ("array_record", "tfrecord"):
-    raise UserError(f"expected {builder.data_path} to hold array_record or tfrecord, "
-                    f"found {file_format}\nprepare the data set in another folder, as data.dir")
-  shards = builder.info.splits[split]
-  for path in shards.filepaths:
-    if not path.exists():
-      raise _damaged(path, "missing")
-  if file_format == "array_record":
-    records = builder.as_data_source(
-        split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    try:
-      for index in (0, len(records) - 1):  # a file is opened, and found cut, when it is first read
-        records[index]
-    except RuntimeError as error:
-      raise _damaged(shards.filepaths[0], f"damaged ({error})") from error
-    return records
-  records = []
-  for path, length in zip(shards.filepaths, shards.shard_lengths):
-    shard = list(_tfrecords(path))
-    if len(shard) != length:
-      raise _damaged(path, f"cut to {len(shard)} of {length} records")
-    records += shard
-  return records
-
-
-def _tfrecords(path: pathlib.Path) -> Iterator[bytes]:
-  """The records of a TFRecord file: each is its length, the length's CRC, its bytes, their CRC."""
-  from google_crc32c import value as crc32c
-  content = path.read_bytes()
-  start = 0
-  while start < len(content):
-    body = start + 12
-    end = body + int.from_bytes(content[start:start + 8], "little")
-    if max(body, end) + 4 > len(content):
-      raise _damaged(path, f"cut within the record at byte {start}")
-    for first, last in ((start, start + 8), (body, end)):
-      crc = crc32c(content[first:last])
-      masked = (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF
-      if masked.to_bytes(4, "little") != content[last:last + 4]:
-        raise _damaged(path, f"altered in the record at byte {start}")
-    yield content[body:end]
-    start = end + 4
-
-
-def _broken(folder: pathlib.Path, reason: object) -> UserError:
-  return UserError(f"expected {folder} to be as TFDS prepares it, found it broken: {reason}\n"
-                   "mend it, or remove it to have the data set prepared again")
-
-
-def _damaged(path: pathlib.Path, found: str) -> UserError:
-  return UserError(f"expected {path} to be whole, found it {found}\n"
-                   f"remove {path.parent} to have the data set prepared again")
+    raise broken(root / name, "its description is missing")
+  return source(builder, labels=LABELS[name], augmentation=("crop", "flip"))
 
 
 # ---- Preparing it from the archive.
@@ -192,18 +69,12 @@ def _prepare(name: str, root: pathlib.Path, download: bool) -> None:
   import tensorflow_datasets as tfds
   (url, expected), = tfds.builder_cls(name).url_infos.items()
   archive = root / "downloads" / "manual" / expected.filename
-  try:
+  with preparing(name, root):
     if archive.exists():
       _verify(archive, expected, f"replace it by {url}")
     else:
       _download(name, url, expected, archive, allowed=download)
     _archive_builder(name, archive)(data_dir=root).download_and_prepare(file_format="array_record")
-  except (OSError, RuntimeError) as error:  # array_record's writer raises the latter
-    if _prepared(name, root):
-      return  # another process was faster
-    raise UserError(f"cannot prepare {name} in {root}: {str(error).partition(chr(10))[0]}\n"
-                    "expected a folder with permission to write and 1 GB of room, as data.dir"
-                    ) from error
 
 
 def _archive_builder(name: str, archive: pathlib.Path) -> "type[tfds.core.DatasetBuilder]":

@@ -1,13 +1,20 @@
 """The table of sources, and what stands in for one that cannot be had."""
 
-from mtl_jax.data import cifar, coco, folders
+from mtl_jax.data import (celeba, cifar, cityscapes, coco, folders, idx, multi_fashion, nyuv2,
+                          tfds)
 from mtl_jax.data.source import Source
 
 SOURCES = {
     "cifar10": cifar.cifar10,
     "cifar100": cifar.cifar100,
-    "coco": coco.coco,
+    "tfds": tfds.tfds,
     "image_folder": folders.image_folder,
+    "coco": coco.coco,
+    "idx": idx.idx,
+    "multi_fashion": multi_fashion.multi_fashion,
+    "celeba": celeba.celeba,
+    "nyuv2": nyuv2.nyuv2,
+    "cityscapes": cityscapes.cityscapes,
 }
 
 
