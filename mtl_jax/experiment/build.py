@@ -16,7 +16,7 @@ from mtl_jax import balancing
 from mtl_jax.balancing import Balancer
 from mtl_jax.balancing.balancer import init_state
 from mtl_jax.data import sources, streams
-from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics
+from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics, parse
 from mtl_jax.data.source import Examples, Label, Source
 from mtl_jax.data.splits import with_validation
 from mtl_jax.errors import MissingData, UserError
@@ -88,8 +88,9 @@ class Experiment:
     return {stream: source.splits[split] for stream, source in self.sources.items()}
 
   def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
-    """Normalised, in training augmented, images in place of the uint8 ones."""
-    return streams.preprocess(batch, seed, step, statistics=self.statistics,
+    """Normalised, in training augmented, images in place of the uint8 ones, labels moved along."""
+    labels = {stream: source.labels for stream, source in self.sources.items()}
+    return streams.preprocess(batch, seed, step, statistics=self.statistics, labels=labels,
                               augmentation=self.augmentation if train else None)
 
   def create_state(self, seed: int) -> Any:
@@ -153,7 +154,7 @@ def build(config: ConfigDict) -> Experiment:
       penalties={name: PENALTIES[name](strength) for name, strength in config.penalties.items()},
       sources=loaded,
       statistics={stream: _statistics(source) for stream, source in loaded.items()},
-      augmentation={stream: _augmentation(config.data.augmentation, source)
+      augmentation={stream: _augmentation(stream, config.data, source)
                     for stream, source in loaded.items()},
       engine=_engine(config.data.engine, loaded),
       num_steps=num_steps,
@@ -263,12 +264,20 @@ def _statistics(source: Source) -> Mapping[str, tuple[float, ...]]:
   return channel_statistics(np.stack([train[int(i)]["image"] for i in chosen]))
 
 
-def _augmentation(setting: tuple[str, ...], source: Source) -> tuple[str, ...]:
-  names = tuple(source.augmentation if setting == ("auto",) else setting)
-  for name in names:
+def _augmentation(stream: str, data: ConfigDict, source: Source) -> tuple[str, ...]:
+  where, setting = "config.data.augmentation", data.augmentation
+  if "augmentation" in data.streams[stream]:
+    where = f"config.data.streams.{stream}.augmentation"
+    setting = data.streams[stream].augmentation
+  names = tuple(source.augmentation if tuple(setting) == ("auto",) else setting)
+  for text in names:
+    name = text.partition(":")[0]
     if name not in AUGMENTATIONS:
-      raise UserError(f"config.data.augmentation: "
-                      f"{sections.nearest(name, ['auto', *AUGMENTATIONS])}; found {name!r}")
+      raise UserError(f"{where}: {sections.nearest(name, ['auto', *AUGMENTATIONS])}; found {name!r}")
+    try:
+      parse(text)
+    except ValueError as error:
+      raise UserError(f"{where}: {error}") from error
   return names
 
 
