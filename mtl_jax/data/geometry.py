@@ -213,7 +213,7 @@ def move(columns: Mapping[str, jax.Array], moves: Sequence[tuple[str, jax.Array,
       values = moved(values, _PIXELWISE[label.kind])
       if label.kind == "normals":
         values = turned(values, whole.matrix)
-      if label.depth:
+      if label.kind == "map" and label.depth:
         values = values / _zoom_of(whole.matrix).reshape(-1, *(1 for _ in values.shape[1:]))
     elif label.kind == "box":
       values = _moved_box(values, whole, *images.shape[1:3])
