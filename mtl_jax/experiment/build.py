@@ -273,7 +273,8 @@ def _augmentation(stream: str, data: ConfigDict, source: Source) -> tuple[str, .
   for text in names:
     name = text.partition(":")[0]
     if name not in AUGMENTATIONS:
-      raise UserError(f"{where}: {sections.nearest(name, ['auto', *AUGMENTATIONS])}; found {name!r}")
+      raise UserError(f"{where}: {sections.nearest(name, ['auto', *AUGMENTATIONS])}; "
+                      f"found {name!r}")
     try:
       parse(text)
     except ValueError as error:

@@ -78,6 +78,8 @@ def test_crops_shifts_and_flips_of_earlier_runs_go_on(names, expected):
 @pytest.mark.parametrize("names", MOVING, ids="+".join)
 def test_boxes_masks_and_maps_move_with_the_image(names):
   moved = augmented(scenes(), jax.random.key(1), names)
+  kinds = lambda columns: {name: (x.shape, x.dtype) for name, x in columns.items()}
+  assert kinds(moved) == kinds(scenes())
   moved = {name: np.asarray(value) for name, value in moved.items()}
   compared = 0
   for i in range(B):
@@ -185,7 +187,8 @@ def test_normals_stay_those_of_the_surface(degrees, mirrored):
   found = np.asarray(geometry.turned(found, move.matrix)[0])
   both = ~np.isnan(found + expected).any(-1)
   assert both.mean() > 0.5
-  assert np.abs(found - expected)[both].max() < 0.15 and np.abs(found - expected)[both].mean() < 0.02
+  apart = np.abs(found - expected)[both]
+  assert apart.max() < 0.15 and apart.mean() < 0.02
   np.testing.assert_allclose(np.linalg.norm(found[both], axis=-1), 1, atol=1e-5)
 
 
@@ -220,11 +223,10 @@ def test_two_flips_are_none():
     assert_same(twice, before, atol=1e-6)
 
 
-@pytest.mark.parametrize("labels", [LABELS, {k: v for k, v in LABELS.items()
-                                             if v.kind not in ("box", "objects")}],
-                         ids=["boxes", "no boxes"])
-def test_sampled_and_whole_movements_agree(labels):
+@pytest.mark.parametrize("names", [("box", "mask"), ("mask",)], ids="+".join)
+def test_sampled_and_whole_movements_agree(names):
   """With a rotation by nothing, all is sampled once; a box decides between black and reflection."""
+  labels = {name: LABELS[name] for name in names}
   before = {name: value for name, value in scenes().items() if name in {"image", *labels}}
   before["image"] = jax.random.bits(jax.random.key(0), (B, H, W, 3), jnp.uint8)
   run = jax.jit(lambda names: augment(before, jax.random.key(4), names, labels), static_argnums=0)
@@ -235,20 +237,18 @@ def test_sampled_and_whole_movements_agree(labels):
 
 
 @pytest.mark.parametrize("name", augmentation.AUGMENTATIONS)
-def test_a_key_tells_all_and_types_stay(name):
-  before = scenes()
-  before["image"] = jax.random.bits(jax.random.key(0), (B, H, W, 3), jnp.uint8)
-  one, again, other = (augmented(before, jax.random.key(seed), (name,)) for seed in (0, 0, 1))
+def test_a_key_tells_all(name):
+  before = {"image": jax.random.bits(jax.random.key(0), (B, H, W, 3), jnp.uint8),
+            "box": scenes()["box"]}
+  run = jax.jit(lambda key: augment(before, key, (name,), {"box": LABELS["box"]}))
+  one, again, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
   assert_same(one, again, rtol=0)
   assert not np.array_equal(one["image"], other["image"])
   assert not np.array_equal(one["image"], before["image"])
-  kinds = lambda columns: {k: (v.shape, v.dtype) for k, v in columns.items()}
-  assert kinds(one) == kinds(before)
-  if name in ("color", "erase"):
-    assert_same({**one, "image": before["image"]}, before, rtol=0)
+  assert np.array_equal(one["box"], before["box"]) == (name in ("color", "erase"))
 
 
-@pytest.mark.parametrize("names", [("crop",), ("rotate", "color", "erase")], ids="+".join)
+@pytest.mark.parametrize("names", [("crop",), ("rotate", "color")], ids="+".join)
 def test_images_may_be_floats(names):
   images = jax.random.bits(jax.random.key(0), (B, H, W, 3), jnp.uint8)
   run = jax.jit(lambda image: augment({"image": image}, jax.random.key(0), names, {})["image"])
@@ -306,7 +306,7 @@ def test_colors_change_one_by_one_as_together(channels):
     ("rotate:-5", "from 0 to 180"), ("rotate:nan", "from 0 to 180"), ("rotate:5:6", "0 to 180"),
     ("crop:1.5", "crop: expected whole pixels"), ("crop:-1", "whole pixels"),
     ("flip:2", "flip: expected a probability"), ("erase:inf", "erase: expected a probability"),
-    ("color:1.1", "color: expected a strength from 0 to 1"), ("scale:0", "scale: expected the small"),
+    ("color:1.1", "color: expected a strength from 0 to 1"), ("scale:0", "expected the smallest"),
     ("scale:1.5", "smallest and largest"), ("scale:2:1", "smallest and largest"),
     ("scale:0.5:1:2", "smallest and largest")])
 def test_a_strength_that_cannot_be_is_said(text, expected):
@@ -316,7 +316,7 @@ def test_a_strength_that_cannot_be_is_said(text, expected):
 
 def test_a_mask_of_another_size_is_said():
   columns = {"image": jnp.zeros((1, 8, 8, 3), jnp.uint8), "mask": jnp.zeros((1, 4, 4), jnp.int32)}
-  with pytest.raises(ValueError, match=r"mask: expected a mask of the size of the images, \[8, 8\]"):
+  with pytest.raises(ValueError, match=r"mask: expected a mask of the size of the images, \[8"):
     augment(columns, jax.random.key(0), ("flip",), {"mask": Label("mask", 2)})
 
 

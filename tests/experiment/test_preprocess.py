@@ -22,7 +22,8 @@ def test_statistics_come_from_what_is_trained_on(monkeypatch):
     return Source("tiny", splits, source.labels)
 
   monkeypatch.setattr(sources, "SOURCES", {
-      name: lambda dir, download=True, name=name: shifted(name) for name in ("cifar10", "cifar100")})
+      name: lambda dir, download=True, name=name: shifted(name)
+      for name in ("cifar10", "cifar100")})
   experiment = make()
   for stream, examples in experiment.examples("train").items():
     images = examples.arrays()["image"]
@@ -47,8 +48,9 @@ def test_labels_move_with_the_images_of_a_run(monkeypatch):
   zero = jnp.asarray(0, jnp.uint32)
   run = jax.jit(experiment.preprocess, static_argnums=3)
   for stream in batch:
-    np.testing.assert_array_equal(run(batch, zero, zero, True)[stream]["box"], [[0.5, 0, 1, 1]] * 4)
-    np.testing.assert_array_equal(run(batch, zero, zero, False)[stream]["box"], [[0, 0, 0.5, 1]] * 4)
+    for train, expected in ((True, [0.5, 0, 1, 1]), (False, [0, 0, 0.5, 1])):
+      boxes = run(batch, zero, zero, train)[stream]["box"]
+      np.testing.assert_array_equal(boxes, [expected] * 4)
 
 
 def test_a_stream_may_have_an_augmentation_of_its_own():
