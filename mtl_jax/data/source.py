@@ -29,11 +29,14 @@ class Label:
     kind: one of `KINDS`.
     num_classes: of "class", "objects" and "mask"; else None.
     names: of the classes, or of the attributes; () where they have none.
+    depth: of "map": whether the numbers are distances from the camera, which a zoom divides by its
+      factor, as if the camera had come nearer.
   """
 
   kind: str = "class"
   num_classes: int | None = None
   names: Sequence[str] = ()
+  depth: bool = False
 
 
 class Examples(Protocol):
@@ -161,7 +164,9 @@ class Source:
       run folder: "tfds:cifar10:3.0.2", or "sample" for the bundled sample.
     splits: examples by split name: "train" and "test", and "validation" where the set has one.
     labels: what the examples hold besides the image, by name.
-    augmentation: names of the augmentations that leave these labels true.
+    augmentation: names of the augmentations that leave these labels true, see
+      `mtl_jax.data.augmentation`; boxes and what lies on pixels move along, numbers and classes
+      do not.
     report: how many files or entries were left out or mended, by what was wrong with them.
   """
 

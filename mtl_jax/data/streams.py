@@ -43,8 +43,10 @@ def resident_batch(columns: Mapping[str, Mapping[str, jax.Array]], batch_size: i
 
 def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, step: jax.Array, *,
                statistics: Mapping[str, Any],
-               augmentation: Mapping[str, Any] | None = None) -> dict[str, dict[str, jax.Array]]:
-  """Augments and normalises the images of a batch; pure, for use inside a compiled step.
+               augmentation: Mapping[str, Any] | None = None,
+               labels: Mapping[str, Mapping[str, Label]] | None = None
+               ) -> dict[str, dict[str, jax.Array]]:
+  """Augments a batch and normalises its images; pure, for use inside a compiled step.
 
   Args:
     batch: with uint8 images.
@@ -52,14 +54,14 @@ def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, st
     step: [] of the run.
     statistics: `{stream: {"mean": …, "std": …}}`.
     augmentation: names of the augmentations of each stream; none in evaluation.
+    labels: those of each stream, which move with the images; none do where it is None.
   """
   result = {}
   for stream, columns in batch.items():
-    images = columns["image"]
     if augmentation:
       key = purpose_key(seed, f"augmentation/{stream}", step)
-      images = augment(images, key, augmentation[stream])
-    result[stream] = {**columns, "image": normalize(images, **statistics[stream])}
+      columns = augment(columns, key, augmentation[stream], labels[stream] if labels else {})
+    result[stream] = {**columns, "image": normalize(columns["image"], **statistics[stream])}
   return result
 
 

@@ -60,7 +60,7 @@ def build(config: ConfigDict, given: Mapping[str, Source] | None = None) -> Expe
       penalties={name: PENALTIES[name](strength) for name, strength in config.penalties.items()},
       sources=loaded,
       statistics={stream: datasets.statistics(source) for stream, source in loaded.items()},
-      augmentation={stream: datasets.augmentation(config.data.augmentation, source)
+      augmentation={stream: datasets.augmentation(stream, config.data, source)
                     for stream, source in loaded.items()},
       engine=datasets.engine(config.data.engine, loaded),
       task_weights=weights,

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mtl_jax.data import sources
-from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics
+from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics, parse
 from mtl_jax.data.source import Source
 from mtl_jax.data.splits import with_fold, with_validation
 from mtl_jax.errors import MissingData, UserError
@@ -74,13 +74,21 @@ def statistics(source: Source) -> Mapping[str, tuple[float, ...]]:
   return channel_statistics(np.stack([train[int(i)]["image"] for i in chosen]))
 
 
-def augmentation(setting: tuple[str, ...], source: Source) -> tuple[str, ...]:
-  """Names of a stream's augmentations, its source's own for "auto"."""
-  names = tuple(source.augmentation if setting == ("auto",) else setting)
-  for name in names:
+def augmentation(stream: str, data: ConfigDict, source: Source) -> tuple[str, ...]:
+  """Names of a stream's augmentations, with their strengths; its source's own for "auto"."""
+  where, setting = "config.data.augmentation", data.augmentation
+  if "augmentation" in data.streams[stream]:
+    where = f"config.data.streams.{stream}.augmentation"
+    setting = data.streams[stream].augmentation
+  names = tuple(source.augmentation if tuple(setting) == ("auto",) else setting)
+  for text in names:
+    name = text.partition(":")[0]
     if name not in AUGMENTATIONS:
-      raise UserError(f"config.data.augmentation: "
-                      f"{sections.nearest(name, ['auto', *AUGMENTATIONS])}; found {name!r}")
+      raise UserError(f"{where}: {sections.nearest(name, ['auto', *AUGMENTATIONS])}; found {name!r}")
+    try:
+      parse(text)
+    except ValueError as error:
+      raise UserError(f"{where}: {error}") from error
   return names
 
 

@@ -93,8 +93,8 @@ class Experiment:
             for stream, source in self.sources.items()}
 
   def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
-    """Normalised, in training augmented, images in place of the uint8 ones."""
-    return streams.preprocess(batch, seed, step, statistics=self.statistics,
+    """Normalised, in training augmented, images in place of the uint8 ones, labels moved along."""
+    return streams.preprocess(batch, seed, step, statistics=self.statistics, labels=self.labels,
                               augmentation=self.augmentation if train else None)
 
   def create_state(self, seed: int) -> Any:

@@ -26,7 +26,7 @@ class DataSection:
   """Fields of `config.data`.
 
   Attributes:
-    streams: `{stream: {"name": source, …}}`.
+    streams: `{stream: {"name": source, …}}`, each perhaps with an `augmentation` of its own.
     batch_size: examples of each stream in a step, over all devices.
     dir: where TFDS keeps prepared data.
     missing: when a data set cannot be had: "error", "sample", or "auto" (the sample on a single
@@ -36,7 +36,8 @@ class DataSection:
     validation: fraction of train that becomes validation where a source brings none.
     folds: of k-fold cross-validation on train, each run in turn; None for one run.
     fold: the one that is held out as test; None for all in turn.
-    augmentation: names, () for none, or ("auto",) for what suits the source.
+    augmentation: names, perhaps with strengths ("rotate:15", see `mtl_jax/data/augmentation.py`),
+      () for none, or ("auto",) for what suits the source.
     evaluation_batch_size: examples of each stream; batch_size times 4 when None.
     threads: that read ahead for the grain engine.
   """
@@ -141,8 +142,13 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
     raise UserError("config.data.streams: expected at least one stream, found none")
   data["streams"] = {
       stream: sections.complete(f"config.data.streams.{stream}", section, sources.SOURCES,
-                                given=("dir", "download"))
+                                given=("dir", "download"), also=("augmentation",))
       for stream, section in data["streams"].items()}
+  for stream, section in data["streams"].items():
+    sections.check_given(f"config.data.streams.{stream}", section, sources.SOURCES)
+    if "augmentation" in section:
+      section["augmentation"] = sections.coerce(f"config.data.streams.{stream}.augmentation",
+                                                section["augmentation"], tuple[str, ...])
   return data
 
 
