@@ -263,8 +263,11 @@ def test_draws_are_spread_as_they_say():
   angles = np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
   assert np.abs(angles).max() <= 30.001
   np.testing.assert_allclose(np.histogram(angles, 4, (-30, 30))[0] / 4000, 0.25, atol=0.03)
-  zooms = np.asarray(geometry.scale_map(jax.random.key(0), shape, 0.5).matrix[:, 0, 0])
+  zoomed = geometry.scale_map(jax.random.key(0), shape, 0.5)
+  zooms = np.asarray(zoomed.matrix[:, 0, 0])
   np.testing.assert_allclose(np.histogram(np.log2(zooms), 4, (-1, 1))[0] / 4000, 0.25, atol=0.03)
+  places = np.asarray(zoomed.offset)[:, 0] / (10 - 10 * zooms)  # 0 and 1: at the image's borders
+  np.testing.assert_allclose(np.histogram(places, 4, (0, 1))[0] / 4000, 0.25, atol=0.03)
   zooms = np.asarray(geometry.scale_map(jax.random.key(0), shape, 1.0, 1.5).matrix[:, 0, 0])
   assert 1 <= zooms.min() < 1.01 and 1.49 < zooms.max() <= 1.5001
   mirrored = geometry.flip_map(jax.random.key(0), shape, 0.2).matrix[:, 0, 0] < 0
