@@ -40,6 +40,6 @@ def nyuv2(dir: str | os.PathLike[str], *, download: bool = True, path: str | Non
   return npy_folders.scenes("nyuv2", dir, path, {
       "segmentation": Part(("label",), Label("mask", _CLASSES),
                            functools.partial(npy_folders.mask, classes=_CLASSES)),
-      "depth": Part(("depth",), Label("map"), npy_folders.depth),
+      "depth": Part(("depth",), Label("map", depth=True), npy_folders.depth),
       "normal": Part(("normal",), Label("normals"), npy_folders.normals),
   }, size=size, where="the preprocessed set is linked at github.com/lorenmt/mtan")

@@ -94,7 +94,8 @@ class Experiment:
 
   def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
     """Normalised, in training augmented, images in place of the uint8 ones, labels moved along."""
-    return streams.preprocess(batch, seed, step, statistics=self.statistics, labels=self.labels,
+    labels = {stream: source.labels for stream, source in self.sources.items()}
+    return streams.preprocess(batch, seed, step, statistics=self.statistics, labels=labels,
                               augmentation=self.augmentation if train else None)
 
   def create_state(self, seed: int) -> Any:

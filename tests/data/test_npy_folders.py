@@ -46,7 +46,7 @@ def test_labels_are_those_that_were_stored(tmp_path, name):
   write(tmp_path, name)
   source = SOURCES[name]("unused", download=False, path=str(tmp_path))
   assert source.origin == f"{name}:11+3" and tuple(source.augmentation) == ("flip",)
-  expected = {"segmentation": Label("mask", 13 if name == "nyuv2" else 7), "depth": Label("map")}
+  expected = {"segmentation": Label("mask", 13 if name == "nyuv2" else 7), "depth": Label("map", depth=name == "nyuv2")}
   assert source.labels == expected | (
       {"normal": Label("normals")} if name == "nyuv2" else {})
   for split, first in (("train", 0), ("test", 100)):

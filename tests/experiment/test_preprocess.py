@@ -43,8 +43,9 @@ def test_labels_move_with_the_images_of_a_run(monkeypatch):
       name: lambda dir, download=True, name=name: with_boxes(name)
       for name in ("cifar10", "cifar100")})
   experiment = make()
-  batch = {stream: {name: jnp.asarray(column[:4]) for name, column in examples.arrays().items()}
-           for stream, examples in experiment.examples("train").items()}
+  batch = {stream: {name: jnp.asarray(column[:4])
+                    for name, column in source.splits["train"].arrays().items()}
+           for stream, source in experiment.sources.items()}
   zero = jnp.asarray(0, jnp.uint32)
   run = jax.jit(experiment.preprocess, static_argnums=3)
   for stream in batch:
