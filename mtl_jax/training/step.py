@@ -104,7 +104,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       "weights": decision.weights,
       "active": active,
       "finite": jnp.isfinite(losses) & jnp.stack(
-          [jnp.isfinite(feature_grads[task.name]).all() for task in tasks]),
+          [_all_finite(feature_grads[task.name]) for task in tasks]),
       "gradient_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),
       "metrics": metrics,
@@ -116,6 +116,10 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                         model_state=model_state, opt_state=opt_state,
                         balancer_state=balancer_state)
   return state, logs
+
+
+def _all_finite(tree: Any) -> jax.Array:
+  return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))
 
 
 def eval_step(state: TrainState, batch: Batch, *, model: MultiTaskModel,

@@ -22,7 +22,7 @@ from mtl_jax.balancing.balancer import combine, gramian_of
 
 ENGINES = ("exact", "features")
 
-Features = Mapping[str, jax.Array]  # of each task, [B, ...]
+Features = Mapping[str, Any]  # of each task, [B, ...] or a pytree of such, as of maps
 
 
 class Backward(NamedTuple):
@@ -44,12 +44,13 @@ class Backward(NamedTuple):
 
 
 def _only(task: str, features: Features) -> Features:
-  return {t: x if t == task else jnp.zeros_like(x) for t, x in features.items()}
+  return {t: x if t == task else jax.tree.map(jnp.zeros_like, x) for t, x in features.items()}
 
 
 def weigh(features: Features, weights: jax.Array) -> Features:
   """Each task's entry times its weight; weights [T] in the order of the tasks."""
-  return {t: x * w.astype(x.dtype) for (t, x), w in zip(features.items(), weights)}
+  scaled = lambda tree, w: jax.tree.map(lambda x: x * w.astype(x.dtype), tree)
+  return {t: scaled(x, w) for (t, x), w in zip(features.items(), weights)}
 
 
 def _exact_rows(backward: Backward) -> Any:
@@ -60,8 +61,14 @@ def _exact_rows(backward: Backward) -> Any:
 
 def _feature_rows(backward: Backward) -> Any:
   """Gradients of the representation, stacked: [T, B, ...], or [T, ...] summed over the batch."""
-  grads = backward.feature_grads.values()
-  return jnp.stack([g if backward.one_stream else g.sum(axis=0) for g in grads])
+  def stacked(*grads):
+    rows = grads if backward.one_stream else [g.sum(axis=0) for g in grads]
+    shapes = {row.shape for row in rows}
+    if len(shapes) > 1:
+      raise ValueError("gradients: the features engine expected maps of one size for all tasks, "
+                       f"found {sorted(shapes)}; use 'exact'")
+    return jnp.stack(rows)
+  return jax.tree.map(stacked, *backward.feature_grads.values())
 
 
 def check_engine(engine: str, balancer: Balancer, *, one_stream: bool, one_representation: bool,

@@ -31,6 +31,12 @@ def map_of(where: str, maps: Mapping[str, jax.Array], stage: str) -> jax.Array:
   return found[stage]
 
 
+def check_size(where: str, size: Sequence[int]) -> None:
+  """Raises ValueError where `size` is not (H, W) in pixels."""
+  if len(size) != 2 or min(size) < 1:
+    raise ValueError(f"{where}: size: expected (height, width) in pixels, found {size!r}")
+
+
 def resize(x: jax.Array, size: Sequence[int], method: str = "bilinear") -> jax.Array:
   """Maps [B, h, w, C] on another grid: [B, size[0], size[1], C].
 
