@@ -49,9 +49,10 @@ class MultiTaskModel(nn.Module):
 
   def outputs(self, features: Mapping[str, Any], train: bool = False) -> dict[str, Any]:
     """Outputs of each task's head from what `features` gave."""
-    read = lambda task, head: (features[task]["features"]
-                               if self._has_maps() and not reads_maps(head) else features[task])
-    return {task: call_module(head, read(task, head), train) for task, head in self.heads.items()}
+    has_maps = self._has_maps()
+    read = {task: features[task]["features"] if has_maps and not reads_maps(head)
+            else features[task] for task, head in self.heads.items()}
+    return {task: call_module(head, read[task], train) for task, head in self.heads.items()}
 
   def _has_maps(self) -> bool:
     return any(reads_maps(head) for head in self.heads.values())

@@ -9,6 +9,17 @@ import jax
 from mtl_jax.models.heads.pyramid import FeaturePyramid, check_size, resize
 
 
+def groups(channels: int) -> int:
+  """Groups of a GroupNorm: the most, up to 32, of one size that is at least four channels.
+
+  A channel alone, on a map of one pixel, would be normalised to nothing.
+
+  >>> [groups(channels) for channels in (128, 64, 12, 4, 3)]
+  [32, 16, 1, 1, 1]
+  """
+  return math.gcd(32, channels, max(channels // 4, 1))
+
+
 class SemanticFPN(nn.Module):
   """The levels of a feature pyramid, enlarged to the finest and summed: [B, H, W, num_outputs].
 
@@ -26,7 +37,7 @@ class SemanticFPN(nn.Module):
   >>> maps = {"conv1": jnp.ones((2, 7, 5, 4)), "conv2": jnp.ones((2, 3, 2, 8)),
   ...         "features": jnp.ones((2, 6))}
   >>> head = SemanticFPN(num_outputs=3, size=(15, 11), channels=16)
-  >>> head.init_with_output(jax.random.key(0), maps)[0].shape
+  >>> jax.eval_shape(head.init_with_output, jax.random.key(0), maps)[0].shape
   (2, 15, 11, 3)
 
   Reference:
@@ -57,7 +68,7 @@ class SemanticFPN(nn.Module):
     for depth, (stage, x) in enumerate(pyramid.items()):
       for finer in reversed(range(max(depth, 1))):
         x = nn.Conv(self.channels, (3, 3), use_bias=False, name=f"conv_{stage}_{finer}")(x)
-        x = nn.GroupNorm(math.gcd(32, self.channels), name=f"norm_{stage}_{finer}")(x)
+        x = nn.GroupNorm(groups(self.channels), name=f"norm_{stage}_{finer}")(x)
         x = resize(nn.relu(x), grids[finer])
       branches.append(x)
     return resize(nn.Conv(self.num_outputs, (1, 1), name="output")(sum(branches)), self.size)

@@ -1,5 +1,6 @@
 """A feature pyramid: maps of every resolution that all know what the deepest one knows."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -56,9 +57,10 @@ class FeaturePyramid(nn.Module):
       each resolution. A vision transformer, whose maps have one resolution, then has one level.
 
   >>> import jax.numpy as jnp
-  >>> maps = {"stem": jnp.ones((1, 8, 8, 4)), "layer1": jnp.ones((1, 8, 8, 4)),
-  ...         "layer2": jnp.ones((1, 4, 4, 8)), "features": jnp.ones((1, 8))}
-  >>> levels, _ = FeaturePyramid(channels=16).init_with_output(jax.random.key(0), maps)
+  >>> maps = OrderedDict(stem=jnp.ones((1, 8, 8, 4)), layer1=jnp.ones((1, 8, 8, 4)),
+  ...                    layer2=jnp.ones((1, 4, 4, 8)), features=jnp.ones((1, 8)))
+  >>> pyramid = FeaturePyramid(channels=16)
+  >>> levels, _ = jax.eval_shape(pyramid.init_with_output, jax.random.key(0), maps)
   >>> {stage: level.shape for stage, level in levels.items()}
   {'layer1': (1, 8, 8, 16), 'layer2': (1, 4, 4, 16)}
 
@@ -76,8 +78,10 @@ class FeaturePyramid(nn.Module):
   levels: Sequence[str] | None = None
 
   @nn.compact
-  def __call__(self, maps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  def __call__(self, maps: Mapping[str, jax.Array]) -> OrderedDict[str, jax.Array]:
     """Levels `{stage: [B, h, w, channels]}` from fine to coarse, of maps `{stage: [B, h, w, c]}`.
+
+    Both are in the order of the stages, which jax keeps of an OrderedDict only.
 
     Raises:
       ValueError: where there is no such stage, or a level is finer than the one before.
@@ -87,7 +91,7 @@ class FeaturePyramid(nn.Module):
       x = nn.Conv(self.channels, (1, 1), name=f"lateral_{stage}")(x)
       above = x if above is None else x + resize(above, x.shape[1:3], "nearest")
       levels[stage] = nn.Conv(self.channels, (3, 3), name=f"output_{stage}")(above)
-    return dict(reversed(levels.items()))
+    return OrderedDict(reversed(levels.items()))
 
   def _chosen(self, maps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     if self.levels is None:

@@ -25,7 +25,7 @@ class Upsampling(nn.Module):
   >>> maps = {"conv1": jnp.ones((2, 7, 5, 4)), "conv2": jnp.ones((2, 3, 2, 8)),
   ...         "features": jnp.ones((2, 6))}
   >>> head = Upsampling(num_outputs=3, size=(15, 11), channels=16, skips=("conv1",))
-  >>> head.init_with_output(jax.random.key(0), maps)[0].shape
+  >>> jax.eval_shape(head.init_with_output, jax.random.key(0), maps)[0].shape
   (2, 15, 11, 3)
 
   Reference:

@@ -26,9 +26,11 @@ class CNN(Trunk):
     channels: of the convolutions, each followed by a pooling; stages "conv1", "conv2", ….
     width: of the dense layer, the size of the features.
 
+  >>> import functools
   >>> import jax.numpy as jnp
   >>> trunk, images = CNN(width=8), jnp.zeros((1, 12, 12, 3))
-  >>> maps = trunk.apply(trunk.init(jax.random.key(0), images), images, method="maps")
+  >>> variables = jax.eval_shape(trunk.init, jax.random.key(0), images)
+  >>> maps = jax.eval_shape(functools.partial(trunk.apply, method="maps"), variables, images)
   >>> {stage: x.shape for stage, x in maps.items()}
   {'conv1': (1, 6, 6, 32), 'conv2': (1, 3, 3, 64), 'features': (1, 8)}
   """

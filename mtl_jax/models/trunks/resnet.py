@@ -46,7 +46,8 @@ class ResNet(Trunk):
 
   >>> import jax.numpy as jnp
   >>> trunk, images = ResNet(blocks=(1, 1), channels=4), jnp.zeros((1, 8, 8, 3))
-  >>> maps = trunk.apply(trunk.init(jax.random.key(0), images), images, method="maps")
+  >>> variables = jax.eval_shape(trunk.init, jax.random.key(0), images)
+  >>> maps = jax.eval_shape(functools.partial(trunk.apply, method="maps"), variables, images)
   >>> {stage: x.shape[1:] for stage, x in maps.items()}
   {'stem': (8, 8, 4), 'layer1': (8, 8, 4), 'layer2': (4, 4, 8), 'features': (8,)}
   """

@@ -45,9 +45,11 @@ class ViT(Trunk):
     mlp_ratio: width of the blocks' perceptrons over `width`.
     dropout: rate after the positions and in the blocks, in training.
 
+  >>> import functools
   >>> import jax.numpy as jnp
   >>> trunk, images = ViT(width=8, depth=1, num_heads=2), jnp.zeros((1, 8, 12, 3))
-  >>> maps = trunk.apply(trunk.init(jax.random.key(0), images), images, method="maps")
+  >>> variables = jax.eval_shape(trunk.init, jax.random.key(0), images)
+  >>> maps = jax.eval_shape(functools.partial(trunk.apply, method="maps"), variables, images)
   >>> {stage: x.shape for stage, x in maps.items()}
   {'patches': (1, 2, 3, 8), 'block1': (1, 2, 3, 8), 'features': (1, 8)}
 
