@@ -1,12 +1,13 @@
 """The model: a sharing architecture around a trunk, and one head a task."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.calling import call_module
+from mtl_jax.models.calling import call_module, reads_maps
 
 
 class MultiTaskModel(nn.Module):
@@ -14,7 +15,8 @@ class MultiTaskModel(nn.Module):
 
   Attributes:
     sharing: from images to one feature a task, such as `Hard(trunk)`.
-    heads: module of each task, from its features to its outputs.
+    heads: module of each task, from its features to its outputs; one with `reads = "maps"` gets the
+      maps of the trunk's stages instead, `{stage: [B, h, w, c], …, "features": [B, F]}`.
     streams: the stream that each task reads; its own name where left out.
 
   >>> import jax.numpy as jnp
@@ -33,19 +35,31 @@ class MultiTaskModel(nn.Module):
   streams: Mapping[str, str] | None = None
 
   def features(self, batch: Mapping[str, Mapping[str, jax.Array]],
-               train: bool = False) -> dict[str, jax.Array]:
-    """Features of each task, the outputs of the sharing architecture."""
+               train: bool = False) -> dict[str, Any]:
+    """Features [B, F] of each task, the outputs of the sharing architecture.
+
+    Where any head reads maps, those of each task in their place, the features among them.
+    """
     streams = {task: (self.streams or {}).get(task, task) for task in self.heads}
     images = {stream: batch[stream]["image"] for stream in dict.fromkeys(streams.values())}
+    if self._has_maps():
+      maps = self.sharing(images, streams, train, maps=True)
+      return {task: OrderedDict(stages) for task, stages in maps.items()}  # jax sorts plain dicts
     return self.sharing(images, streams, train)
 
-  def outputs(self, features: Mapping[str, jax.Array], train: bool = False) -> dict[str, Any]:
-    """Outputs of each task's head from its features."""
-    return {task: call_module(head, features[task], train) for task, head in self.heads.items()}
+  def outputs(self, features: Mapping[str, Any], train: bool = False) -> dict[str, Any]:
+    """Outputs of each task's head from what `features` gave."""
+    has_maps = self._has_maps()
+    read = {task: features[task]["features"] if has_maps and not reads_maps(head)
+            else features[task] for task, head in self.heads.items()}
+    return {task: call_module(head, read[task], train) for task, head in self.heads.items()}
+
+  def _has_maps(self) -> bool:
+    return any(reads_maps(head) for head in self.heads.values())
 
   def __call__(self, batch: Mapping[str, Mapping[str, jax.Array]],
                train: bool = False) -> dict[str, Any]:
-    """Outputs of each task for a batch `{stream: {"image": [B, H, W, C], …}}`."""
+    """Outputs of each task for a batch `{stream: {"image": [B, H, W, C] or [B, D], …}}`."""
     return self.outputs(self.features(batch, train), train)
 
   def owner(self, path: tuple[str, ...]) -> str | None:

@@ -23,7 +23,7 @@ from mtl_jax.balancing.balancer import Ahead, Lookahead, combine, gramian_of
 ENGINES = ("exact", "features")
 _LOOKED_FOR = {"gramian", "cross_gramian", "task_grads", "lookahead"}  # beyond the losses
 
-Features = Mapping[str, Any]  # of each task, arrays [B, ...]
+Features = Mapping[str, Any]  # of each task, [B, ...] or a pytree of such, as of maps
 
 
 class Backward(NamedTuple):
@@ -56,8 +56,8 @@ def _only(task: str, features: Features) -> Features:
 
 def weigh(features: Features, weights: jax.Array) -> Features:
   """Each task's entry times its weight; weights [T] in the order of the tasks."""
-  return {task: jax.tree.map(lambda x, w=weight: x * w.astype(x.dtype), entry)
-          for (task, entry), weight in zip(features.items(), weights)}
+  scaled = lambda tree, w: jax.tree.map(lambda x: x * w.astype(x.dtype), tree)
+  return {t: scaled(x, w) for (t, x), w in zip(features.items(), weights)}
 
 
 def _exact_rows(backward: Backward, part: int) -> Any:
@@ -70,9 +70,15 @@ def _exact_rows(backward: Backward, part: int) -> Any:
 def _feature_rows(backward: Backward, part: int) -> Any:
   """Gradients of the representation, stacked: [T, B, ...], or [T, ...] summed over the batch."""
   by_example = backward.one_stream and len(backward.pulls) == 1  # parts hold other examples
-  rows = [grads if by_example else jax.tree.map(lambda x: x.sum(axis=0), grads)
-          for grads in backward.feature_grads[part].values()]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+  def stacked(*grads):
+    rows = grads if by_example else [g.sum(axis=0) for g in grads]
+    shapes = {row.shape for row in rows}
+    if len(shapes) > 1:
+      raise ValueError("gradients: the features engine expected maps of one size for all tasks, "
+                       f"found {sorted(shapes)}; use 'exact'")
+    return jnp.stack(rows)
+  return jax.tree.map(stacked, *backward.feature_grads[part].values())
 
 
 def check_engine(engine: str, balancer: Balancer, *, one_stream: bool, one_representation: bool,

@@ -1,7 +1,8 @@
 """Sharing: modules from the streams' images to one feature a task, around a trunk.
 
 A sharing module names, by `owner(path)`, the task that alone owns a parameter; what nobody owns is
-shared, and balancing acts on that.
+shared, and balancing acts on that. It is called `(images, streams, train)`, and with `maps=True`
+where a head reads the maps of the trunk's stages.
 """
 
 import flax.linen as nn

@@ -1,11 +1,12 @@
 """No sharing: one trunk a task, the other end of the scale."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.calling import call_module
+from mtl_jax.models.calling import call_trunk
 
 
 class Independent(nn.Module):
@@ -24,9 +25,9 @@ class Independent(nn.Module):
     self.trunks = {task: self.trunk.clone(parent=None, name=None) for task in self.tasks}
 
   def __call__(self, images: Mapping[str, jax.Array], streams: Mapping[str, str],
-               train: bool) -> dict[str, jax.Array]:
-    """Features of each task, from its own trunk; arguments as in `Hard`."""
-    return {task: call_module(self.trunks[task], images[stream], train)
+               train: bool, maps: bool = False) -> dict[str, Any]:
+    """Features of each task, or its maps, from its own trunk; arguments as in `Hard`."""
+    return {task: call_trunk(self.trunks[task], images[stream], train, maps)
             for task, stream in streams.items()}
 
   def owner(self, path: tuple[str, ...]) -> str | None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.trunks.trunk import Trunk, check_images
+
 
 def max_pool(x: jax.Array) -> jax.Array:
   """2x2 maximum with stride 2: [B, H, W, C] -> [B, H//2, W//2, C].
@@ -17,25 +19,47 @@ def max_pool(x: jax.Array) -> jax.Array:
   return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
 
 
-class CNN(nn.Module):
+class CNN(Trunk):
   """3x3 convolutions with ReLU and 2x2 max-pooling, then one dense layer.
 
   Attributes:
-    channels: of the convolutions, each followed by a pooling.
+    channels: of the convolutions, each followed by a pooling; stages "conv1", "conv2", ….
     width: of the dense layer, the size of the features.
+
+  >>> import functools
+  >>> import jax.numpy as jnp
+  >>> trunk, images = CNN(width=8), jnp.zeros((1, 12, 12, 3))
+  >>> variables = jax.eval_shape(trunk.init, jax.random.key(0), images)
+  >>> maps = jax.eval_shape(functools.partial(trunk.apply, method="maps"), variables, images)
+  >>> {stage: x.shape for stage, x in maps.items()}
+  {'conv1': (1, 6, 6, 32), 'conv2': (1, 3, 3, 64), 'features': (1, 8)}
   """
 
   channels: Sequence[int] = (32, 64)
   width: int = 128
 
+  @property
+  def stages(self) -> tuple[str, ...]:
+    """A stage each convolution, then the features."""
+    return (*(f"conv{i + 1}" for i in range(len(self.channels))), "features")
+
   @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Features [B, width] of images [B, H, W, C]."""
-    x = images
-    for i, channels in enumerate(self.channels):
-      x = max_pool(nn.relu(nn.Conv(channels, (3, 3), name=f"conv{i + 1}")(x)))
-    x = x.reshape(x.shape[0], -1)
-    if x.shape[1] == 0:
+  def stage(self, name: str, x: jax.Array, train: bool = False) -> jax.Array:
+    """One stage: half the resolution, or of the last one the features [B, width].
+
+    Raises:
+      ValueError: for images with fewer pixels than the poolings need, or an unknown stage.
+    """
+    del train
+    place = self.place(name)
+    if place == 0:
+      self._check_images(x)
+    if name == "features":
+      return nn.relu(nn.Dense(self.width, name="dense")(x.reshape(x.shape[0], -1)))
+    return max_pool(nn.relu(nn.Conv(self.channels[place], (3, 3), name=name)(x)))
+
+  def _check_images(self, images: jax.Array) -> None:
+    check_images("cnn", images)
+    if min(images.shape[1:3]) < 2 ** len(self.channels):
       raise ValueError(f"cnn: images: expected at least {2 ** len(self.channels)} pixels a side, "
                        f"found {images.shape[1]}x{images.shape[2]}")
-    return nn.relu(nn.Dense(self.width, name="dense")(x))

@@ -10,6 +10,8 @@ import functools
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.trunks.trunk import Trunk, check_images
+
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -34,36 +36,56 @@ class BasicBlock(nn.Module):
     return nn.relu(x + y)
 
 
-class ResNet(nn.Module):
+class ResNet(Trunk):
   """A residual network of basic blocks, averaged over space.
 
   Attributes:
-    blocks: number of blocks in each stage.
-    channels: of the first stage; each later one has twice as many.
+    blocks: number of blocks in each of "layer1", "layer2", ….
+    channels: of the first of these stages; each later one has twice as many.
     stem: "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, and 3x3 max-pooling).
+
+  >>> import jax.numpy as jnp
+  >>> trunk, images = ResNet(blocks=(1, 1), channels=4), jnp.zeros((1, 8, 8, 3))
+  >>> variables = jax.eval_shape(trunk.init, jax.random.key(0), images)
+  >>> maps = jax.eval_shape(functools.partial(trunk.apply, method="maps"), variables, images)
+  >>> {stage: x.shape[1:] for stage, x in maps.items()}
+  {'stem': (8, 8, 4), 'layer1': (8, 8, 4), 'layer2': (4, 4, 8), 'features': (8,)}
   """
 
   blocks: Sequence[int] = (2, 2, 2, 2)
   channels: int = 64
   stem: str = "cifar"
 
+  @property
+  def stages(self) -> tuple[str, ...]:
+    """The stem, a stage each resolution, and the features."""
+    return ("stem", *(f"layer{i + 1}" for i in range(len(self.blocks))), "features")
+
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """Features [B, channels * 2**(stages - 1)] of images [B, H, W, C]."""
-    if self.stem not in ("cifar", "imagenet"):
-      raise ValueError(f"resnet18: stem: expected 'cifar' or 'imagenet', found {self.stem!r}")
+  def stage(self, name: str, x: jax.Array, train: bool = False) -> jax.Array:
+    """One stage: maps [B, h, w, c], or of the last one features [B, c]; ValueError if unknown."""
+    place = self.place(name)
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9,
                              epsilon=1e-5)
+    if name == "stem":
+      return self._stem(x, norm)
+    if name == "features":
+      return x.mean(axis=(1, 2))
+    for block in range(self.blocks[place - 1]):
+      first = place > 1 and block == 0
+      x = BasicBlock(self.channels * 2 ** (place - 1), stride=2 if first else 1,
+                     name=f"{name}_{block}")(x, norm)
+    return x
+
+  def _stem(self, images: jax.Array, norm: Callable[..., nn.Module]) -> jax.Array:
+    check_images("resnet18", images)
+    if self.stem not in ("cifar", "imagenet"):
+      raise ValueError(f"resnet18: stem: expected 'cifar' or 'imagenet', found {self.stem!r}")
     size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
     x = nn.relu(norm(name="bn1")(_conv(self.channels, size, stride, "conv1")(images)))
     if self.stem == "imagenet":
       x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
-    for stage, blocks in enumerate(self.blocks):
-      for block in range(blocks):
-        first = stage > 0 and block == 0
-        x = BasicBlock(self.channels * 2 ** stage, stride=2 if first else 1,
-                       name=f"layer{stage + 1}_{block}")(x, norm)
-    return x.mean(axis=(1, 2))
+    return x
 
 
 def resnet18(channels: int = 64, stem: str = "cifar") -> ResNet:
