@@ -127,10 +127,12 @@ def best_threshold_accuracy(cosines: np.ndarray, same: np.ndarray) -> float:
 
 
 def _best_threshold(cosines: np.ndarray, same: np.ndarray) -> float:
+  """Half way between the least cosine that it is best to accept and the next one below."""
   candidates = np.unique(cosines)
   accepted = same.sum() - np.searchsorted(np.sort(cosines[same]), candidates)
   rejected = np.searchsorted(np.sort(cosines[~same]), candidates)
-  return candidates[np.argmax(accepted + rejected)]
+  best = np.argmax(accepted + rejected)
+  return (candidates[best] + candidates[max(best - 1, 0)]) / 2
 
 
 def roc_auc(cosines: np.ndarray, same: np.ndarray) -> float:
