@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.tasks.metrics import MeanMetric, Metric
+from mtl_jax.tasks.parts import present
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Task:
     name: unique among the tasks of a model.
     stream: name of the stream whose images it reads.
     label: key of its labels in that stream's batch.
-    loss: `loss(outputs, labels) -> [B]`, one value an example.
-    num_outputs: size of the output that its head must give.
+    loss: `loss(outputs, labels) -> [B]`, one value an example, in float32 whatever the outputs'
+      type. Of an example that does not count it sees labels of 0, and its value is not used.
+    num_outputs: size of the last axis of what its head must give: [B, num_outputs], or
+      [B, H, W, num_outputs] where the labels are maps; the task's kind says if it is more.
     metrics: besides the loss; the first is the one that selects the best checkpoint.
     weight: constant factor of its loss before any balancing.
     partial: whether an example's label may be missing in part, as pixels of a mask may: loss and
@@ -30,7 +33,7 @@ class Task:
   name: str
   stream: str
   label: str
-  loss: Callable[[jax.Array, jax.Array], jax.Array]
+  loss: Callable[[Any, Any], jax.Array]
   num_outputs: int
   metrics: Sequence[Metric] = ()
   weight: float = 1.0
@@ -44,15 +47,6 @@ class Task:
   def all_metrics(self) -> Sequence[Metric]:
     """The loss as a metric, then the others."""
     return (MeanMetric("loss", self.loss, "", higher_is_better=False), *self.metrics)
-
-
-def present(labels: jax.Array) -> jax.Array:
-  """Which entries of labels are there; integer -1 and float NaN are missing.
-
-  >>> present(jnp.array([3, -1])).tolist(), present(jnp.array([[0.5, jnp.nan]])).tolist()
-  ([True, False], [[True, False]])
-  """
-  return ~jnp.isnan(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels >= 0
 
 
 def labelled(labels: jax.Array, partial: bool = False) -> jax.Array:
@@ -86,13 +80,13 @@ def labels_of(task: Task, batch: Mapping[str, Mapping[str, jax.Array]]
   return jnp.where(wide, labels, jnp.zeros_like(labels)), mask
 
 
-def task_losses(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
+def task_losses(tasks: Sequence[Task], outputs: Mapping[str, Any],
                 batch: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, jax.Array]:
   """Mean loss of every task over its labelled examples: the one place where losses are reduced.
 
   Args:
     tasks: the T tasks.
-    outputs: output of each task's head, [B, ...].
+    outputs: of each task's head, [B, ...], or a dict of such.
     batch: `{stream: {"image": …, label: [B, …]}}`.
 
   Returns:
@@ -109,7 +103,7 @@ def task_losses(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
   return jnp.stack(losses), jnp.stack(active)
 
 
-def task_metrics(tasks: Sequence[Task], outputs: Mapping[str, jax.Array],
+def task_metrics(tasks: Sequence[Task], outputs: Mapping[str, Any],
                  batch: Mapping[str, Mapping[str, jax.Array]], *,
                  gathered: bool = True) -> dict[str, dict[str, Any]]:
   """Metric states of one batch: `{task: {metric: state}}`, the loss among them.

@@ -1,5 +1,6 @@
 """Losses and metrics against hand-computed values."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,22 +32,8 @@ def test_no_label_at_all_is_nan_never_zero():
   assert np.isnan(found["t/accuracy"]) and np.isnan(found["t/loss"])
 
 
-def test_accuracy_is_exact_over_any_split():
-  rng = np.random.default_rng(0)
-  logits, labels = rng.normal(size=(101, 3)), rng.integers(-1, 3, 101)
-  whole = tasks.compute_metrics((TASK,), states(logits, labels))["t/accuracy"]
-  for cuts in ([50], [1, 2, 3], [10, 90]):
-    parts = [states(a, b) for a, b in zip(np.split(logits, cuts), np.split(labels, cuts))]
-    total = parts[0]
-    for part in parts[1:]:
-      total = tasks.merge_metrics((TASK,), total, part)
-    assert tasks.compute_metrics((TASK,), total)["t/accuracy"] == whole
-  present = labels >= 0
-  assert whole == (logits.argmax(1) == labels)[present].sum() / present.sum()
-
-
 def test_metrics_know_unit_and_direction():
-  loss, accuracy = TASK.all_metrics
+  loss, accuracy = TASK.all_metrics[:2]
   assert (loss.higher_is_better, accuracy.higher_is_better) == (False, True)
   assert accuracy.unit == "fraction"
 
@@ -64,3 +51,79 @@ def test_bfloat16_logits_give_a_float32_loss():
 def test_bad_arguments(kwargs, message):
   with pytest.raises(ValueError, match=message):
     tasks.classification("t", **kwargs)
+
+
+def values_of(task, outputs, labels):
+  batch = {task.stream: {task.label: labels}}
+  states = jax.jit(lambda outputs, batch: tasks.task_metrics((task,), outputs, batch))
+  return tasks.compute_metrics((task,), states({task.name: outputs}, batch))
+
+
+def test_class_weights_scale_each_example_and_the_mean_stays_plain():
+  task = tasks.classification("t", num_classes=2, class_weights=(1, 3))
+  losses, _ = tasks.task_losses((task,), {"t": jnp.zeros((2, 2))},
+                                {"t": {"label": jnp.array([0, 1])}})
+  np.testing.assert_allclose(losses, (1 + 3) / 2 * np.log(2), rtol=1e-6)
+
+
+def test_label_smoothing_by_hand():
+  task = tasks.classification("t", num_classes=4, label_smoothing=0.2)
+  p = np.array([0.1, 0.2, 0.3, 0.4])  # of the target 0.85 lies on class 2, 0.05 on each other
+  expected = -(np.array([0.05, 0.05, 0.85, 0.05]) * np.log(p)).sum()
+  found = task.loss(jnp.log(jnp.asarray(p[None], jnp.float32)), jnp.array([2]))
+  np.testing.assert_allclose(found, [expected], rtol=1e-6)
+
+
+def test_top5_accuracy_breaks_ties_as_accuracy_does():
+  task = tasks.classification("t", num_classes=8)
+  logits = jnp.zeros((8, 8))  # the first five classes come first
+  found = values_of(task, logits, np.arange(8, dtype=np.int32))
+  assert (found["t/accuracy"], found["t/top5_accuracy"]) == (1 / 8, 5 / 8)
+  assert "top5_accuracy" not in {metric.name for metric in TASK.metrics}
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2, 4], [0, 0, 0, 0, 0, 0], [-1, 0, 1, 1, 2, 2]])
+def test_macro_f1_is_that_of_scikit_learn(labels):
+  from sklearn.metrics import f1_score
+  predicted = np.array([0, 1, 1, 0, 1, 1])  # never 2, 3 or 4; no label is 3
+  labels = np.array(labels, np.int32)
+  task = tasks.classification("t", num_classes=5)
+  found = values_of(task, jnp.eye(5)[predicted], labels)["t/macro_f1"]
+  there = labels >= 0
+  expected = f1_score(labels[there], predicted[there], average="macro", zero_division=0)
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+LABELS = np.array([[1, 1, 0, -1], [0, 1, 0, -1], [1, -1, 0, 1], [0, 0, 0, 1]], np.int32)
+LOGITS = np.array([[2, -1, -1, 3], [1, 2, -2, 1], [2, 9, -1, -1], [-1, 1, -3, 1]], np.float32)
+
+
+def test_multilabel_metrics_by_hand():
+  task = tasks.multilabel("t", num_labels=4, label="y", per_label=True)
+  found = values_of(task, LOGITS, LABELS)
+  f1 = [2 * 2 / (3 + 2), 2 * 1 / (2 + 2), np.nan, 2 * 1 / (1 + 2)]  # the third is never there
+  accuracy = [3 / 4, 1 / 3, 1, 1 / 2]
+  np.testing.assert_allclose([found[f"t/f1_{i}"] for i in range(4)], f1)
+  np.testing.assert_allclose([found[f"t/accuracy_{i}"] for i in range(4)], accuracy)
+  np.testing.assert_allclose(found["t/f1"], np.nanmean(f1))
+  np.testing.assert_allclose(found["t/accuracy"], np.mean(accuracy))
+
+
+def test_multilabel_f1_is_that_of_scikit_learn():
+  from sklearn.metrics import f1_score
+  rng = np.random.default_rng(0)
+  labels, logits = rng.integers(0, 2, (50, 6)), rng.normal(size=(50, 6))
+  task = tasks.multilabel("t", num_labels=6)
+  found = values_of(task, jnp.asarray(logits, jnp.float32), labels.astype(np.int32))
+  np.testing.assert_allclose(found["t/f1"], f1_score(labels, logits > 0, average="macro"))
+  np.testing.assert_allclose(found["t/accuracy"], (labels == (logits > 0)).mean(axis=0).mean())
+
+
+def test_multilabel_loss_by_hand():
+  task = tasks.multilabel("t", num_labels=2, positive_weights=(1, 3))
+  logits = jnp.log(jnp.array([[1., 4.], [3., 5.], [1., 1.]]))  # p = 1/2 and 4/5, 3/4
+  labels = jnp.array([[0, 1], [1, -1], [-1, -1]])
+  expected = [(np.log(2) + 3 * np.log(5 / 4)) / 2, np.log(4 / 3), 0]
+  np.testing.assert_allclose(task.loss(logits, labels), expected, rtol=1e-5)
+  far = task.loss(jnp.array([[200., -200.]]), jnp.array([[0, 1]]))
+  np.testing.assert_allclose(far, [(200 + 3 * 200) / 2])
