@@ -2,6 +2,7 @@
 
 from mtl_jax.models.heads.linear import Linear
 from mtl_jax.models.heads.mlp import MLP
+from mtl_jax.models.heads.pyramid import FeaturePyramid
 
 HEADS = {
     "linear": Linear,
