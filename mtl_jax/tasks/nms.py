@@ -31,9 +31,9 @@ def detect(outputs: Mapping[str, jax.Array], *, max_detections: int = 100,
   >>> logit = jnp.array([[2., -9.], [1., -9.], [-9., 0.]])
   >>> outputs = {"class": logit[None], "centerness": jnp.full((1, 3), 9.),
   ...            "box": jnp.array([[[0., 0., .5, .5], [0., 0., .5, .6], [0., 0., .5, .5]]])}
-  >>> boxes, scores, classes = detect(outputs, max_detections=3)
-  >>> classes.tolist(), [round(float(score), 2) for score in scores[0]]
-  ([[0, 1, -1]], [0.94, 0.71, 0.0])
+  >>> boxes, scores, classes = jax.jit(detect)(outputs)
+  >>> classes[0, :3].tolist(), [round(float(score), 2) for score in scores[0, :3]]
+  ([0, 1, -1], [0.94, 0.71, 0.0])
   """
   logits = outputs["class"].astype(jnp.float32)
   centerness = outputs["centerness"].astype(jnp.float32)[..., None]

@@ -48,7 +48,7 @@ def assign(points: jax.Array, stride: jax.Array, reach: jax.Array, objects: jax.
   >>> points = jnp.array([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
   >>> stride, reach = jnp.full((4, 2), 0.5), jnp.array([[0, jnp.inf]] * 4)
   >>> large, tiny, absent = [0., 0., 1., 1., 2.], [.7, .8, .71, .81, 0.], [0., 0., 0., 0., -1.]
-  >>> found = assign(points, stride, reach, jnp.array([large, tiny, absent]))
+  >>> found = jax.jit(assign)(points, stride, reach, jnp.array([large, tiny, absent]))
   >>> found.object.tolist(), [round(float(x), 2) for x in found.centerness]
   ([0, 0, 0, 1], [0.33, 0.33, 0.33, 1.0])
 
@@ -59,41 +59,55 @@ def assign(points: jax.Array, stride: jax.Array, reach: jax.Array, objects: jax.
   Differences:
     In the paper an object may be left without any location; here none is.
   """
-  boxes = objects[:, :4].astype(jnp.float32)
-  areas = area(boxes)
-  there = (objects[:, 4] >= 0) & (areas > 0)
-  centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-  cells = (points[:, None] - centres[None]) / stride[:, None]  # [N, M, 2]
-  sides = jnp.concatenate([points[:, None] - boxes[None, :, :2],
-                           boxes[None, :, 2:] - points[:, None]], axis=-1)  # [N, M, 4]
-  finest = stride[:1]
-  farthest = (sides / jnp.concatenate([finest, finest], axis=-1)[:, None]).max(axis=-1)
-  good = ((sides.min(axis=-1) > 0) & (jnp.abs(cells).max(axis=-1) <= radius)
-          & _within(farthest, reach) & there[None])
-  cost = jnp.where(good, areas[None], jnp.inf)
-  chosen = jnp.where(good.any(axis=1), jnp.argmin(cost, axis=1).astype(jnp.int32), -1)
+  order = jnp.argsort(area(objects[:, :4]), stable=True).astype(jnp.int32)  # the smallest first
+  boxes = objects[order, :4].astype(jnp.float32)
+  there = (objects[order, 4] >= 0) & (area(boxes) > 0)
+  x, y, finest = points[:, :1], points[:, 1:], stride[:1]
+  left, top, right, bottom = (x - boxes[None, :, 0], y - boxes[None, :, 1],
+                              boxes[None, :, 2] - x, boxes[None, :, 3] - y)  # [N, M] each
+  aside, above = jnp.abs(left - right) / 2, jnp.abs(top - bottom) / 2  # of the box's centre
+  inside = jnp.minimum(jnp.minimum(left, right), jnp.minimum(top, bottom)) > 0
+  farthest = _cells(jnp.maximum(left, right), jnp.maximum(top, bottom), finest)
+  chosen = _first(inside & (_cells(aside, above, stride) <= radius) & _within(farthest, reach)
+                  & there[None])
 
-  size = ((boxes[:, 2:] - boxes[:, :2]) / (2 * finest)).max(axis=-1)
-  apart = jnp.sqrt((((points[:, None] - centres[None]) / finest[:, None]) ** 2).sum(axis=-1))
+  size = ((boxes[:, 2:] - boxes[:, :2]) / (2 * finest)).max(axis=1)
+  apart = jnp.sqrt((aside / finest[:, :1]) ** 2 + (above / finest[:, 1:]) ** 2)
   apart += jnp.where(_within(size[None], reach), 0.0, _WRONG_LEVEL)
-  chosen, taken = _each_gets_one(chosen, apart, areas, there)
-  own = jnp.take_along_axis(sides, jnp.maximum(chosen, 0)[:, None, None], axis=1)[:, 0]
-  central = jnp.where(taken, 1.0, jnp.where(chosen >= 0, _centerness(own), 0.0))
-  return Assignment(chosen, central)
+  chosen, taken = _each_gets_one(chosen, apart, there)
+
+  found = chosen < len(order)
+  row = jnp.minimum(chosen, len(order) - 1)
+  central = jnp.where(taken, 1.0, jnp.where(found, _centerness(points, boxes[row]), 0.0))
+  return Assignment(jnp.where(found, order[row], -1), central)
+
+
+def _cells(x: jax.Array, y: jax.Array, stride: jax.Array) -> jax.Array:
+  """The larger of two lengths [N, M] along the axes, in cells."""
+  return jnp.maximum(x / stride[:, :1], y / stride[:, 1:])
 
 
 def _within(farthest: jax.Array, reach: jax.Array) -> jax.Array:
   return (reach[:, :1] <= farthest) & (farthest < reach[:, 1:])
 
 
-def _each_gets_one(chosen: jax.Array, apart: jax.Array, areas: jax.Array,
+def _first(some: jax.Array) -> jax.Array:
+  """The first column that is true in each row of [N, M], M where none is: [N] int32.
+
+  A minimum, which runs several times faster than `argmin` or `argmax` on CPUs.
+  """
+  columns = jnp.arange(some.shape[1], dtype=jnp.int32)
+  return jnp.where(some, columns[None], some.shape[1]).min(axis=1, initial=some.shape[1])
+
+
+def _each_gets_one(chosen: jax.Array, apart: jax.Array,
                    there: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Objects without location take one: the new choice [N], and which locations were taken [N]."""
   locations = jnp.arange(apart.shape[0], dtype=jnp.int32)
-  rows = jnp.arange(apart.shape[1], dtype=jnp.int32)
+  columns = jnp.arange(apart.shape[1], dtype=jnp.int32)
 
   def without(chosen):
-    return there & ~(chosen[:, None] == rows[None]).any(axis=0)
+    return there & ~(chosen[:, None] == columns[None]).any(axis=0)
 
   def unsettled(state):
     chosen, taken = state
@@ -102,16 +116,15 @@ def _each_gets_one(chosen: jax.Array, apart: jax.Array, areas: jax.Array,
   def settle(state):  # at least one more object each time: what was taken stays so
     chosen, taken = state
     nearest = jnp.argmin(jnp.where(taken[:, None], jnp.inf, apart), axis=0).astype(jnp.int32)
-    wanted = (nearest[None] == locations[:, None]) & without(chosen)[None]
-    smallest = jnp.argmin(jnp.where(wanted, areas[None], jnp.inf), axis=1).astype(jnp.int32)
-    some = wanted.any(axis=1)
-    return jnp.where(some, smallest, chosen), taken | some
+    smallest = _first((nearest[None] == locations[:, None]) & without(chosen)[None])
+    taking = smallest < apart.shape[1]
+    return jnp.where(taking, smallest, chosen), taken | taking
 
   return jax.lax.while_loop(unsettled, settle, (chosen, jnp.zeros(chosen.shape, bool)))
 
 
-def _centerness(sides: jax.Array) -> jax.Array:
-  """Of distances (l, t, r, b) [N, 4] to the sides -> [N]; 0 outside of the box."""
-  near = jnp.minimum(sides[:, :2], sides[:, 2:])
-  far = jnp.maximum(jnp.maximum(sides[:, :2], sides[:, 2:]), 1e-12)
+def _centerness(points: jax.Array, boxes: jax.Array) -> jax.Array:
+  """Of points [N, 2] in boxes [N, 4] -> [N]; 0 outside of the box."""
+  low, high = points - boxes[:, :2], boxes[:, 2:] - points
+  near, far = jnp.minimum(low, high), jnp.maximum(jnp.maximum(low, high), 1e-12)
   return jnp.sqrt(jnp.maximum(near / far, 0.0).prod(axis=-1))

@@ -67,7 +67,7 @@ class Detection(nn.Module):
   """
 
   num_outputs: int
-  channels: int = 64
+  channels: int = 32
   depth: int = 2
   stages: Sequence[str] | None = None
   size: Sequence[int] | None = None
@@ -129,7 +129,7 @@ class Detection(nn.Module):
     last = {x.shape[1:3]: stage for stage, x in spatial_maps("detection", maps).items()}
     sizes = sorted(last, reverse=True)
     if self.size is not None:
-      coarse = [size for size in sizes if max(size) * _FINEST <= max(self.size)]
+      coarse = [size for size in sizes if round(max(self.size) / max(size)) >= _FINEST]
       sizes = coarse or sizes[-1:]
     return [last[size] for size in sizes[-_MOST:]]
 
