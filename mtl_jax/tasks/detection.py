@@ -74,7 +74,7 @@ def detection(name: str, *, num_classes: int, stream: str | None = None, label: 
     focal_alpha: weight of positives in the focal loss.
     focal_gamma: exponent of the focal loss.
     centre_radius: how far from an object's centre its locations may lie, in cells.
-    max_detections: detections an image in the metrics.
+    max_detections: detections an image in the metrics, of which 100 of a class count.
     score_threshold: of detections in the metrics.
     nms_iou: IoU above which two detections of one class are one.
     candidates: that enter non-maximum suppression, at most.
@@ -101,8 +101,18 @@ def detection(name: str, *, num_classes: int, stream: str | None = None, label: 
     authors' later code, as is `centre_radius`. Every object has a location here, see `assign`.
     `score_threshold` is on the final score, where the authors' is on the class's probability.
   """
-  if num_classes < 1:
-    raise ValueError(f"{name}: num_classes: expected at least 1, found {num_classes}")
+  for argument, count in (("num_classes", num_classes), ("max_detections", max_detections),
+                          ("candidates", candidates)):
+    if count < 1:
+      raise ValueError(f"{name}: {argument}: expected at least 1, found {count}")
+  for argument, value in (("score_threshold", score_threshold), ("nms_iou", nms_iou),
+                          ("focal_alpha", focal_alpha)):
+    if not 0 <= value <= 1:
+      raise ValueError(f"{name}: {argument}: expected a number from 0 to 1, found {value}")
+  for argument, value in (("box_weight", box_weight), ("centerness_weight", centerness_weight),
+                          ("focal_gamma", focal_gamma), ("centre_radius", centre_radius)):
+    if not value >= 0:
+      raise ValueError(f"{name}: {argument}: expected a number not below 0, found {value}")
 
   def loss(outputs: Mapping[str, jax.Array], labels: jax.Array) -> jax.Array:
     parts = detection_losses(outputs, labels, alpha=focal_alpha, gamma=focal_gamma,

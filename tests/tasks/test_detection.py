@@ -137,6 +137,25 @@ def test_metrics_by_class():
   assert [metric.only for metric in task.metrics] == [None, None, 0, 1]
 
 
-def test_bad_arguments():
-  with pytest.raises(ValueError, match="t: num_classes: expected at least 1, found 0"):
-    tasks.detection("t", num_classes=0)
+def test_examples_on_eight_devices():
+  sharding = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(
+      jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data"))
+  outputs, labels = outputs_of(8, seed=2), jnp.tile(
+      rows((0.1, 0.1, 0.5, 0.4, 0), (0.3, 0.3, 0.3001, 0.9, 1), ABSENT), (8, 1, 1))
+  apart = {name: jax.device_put(x, sharding) if len(x) == 8 else x for name, x in outputs.items()}
+  values = LOSS(apart, jax.device_put(labels, sharding))
+  np.testing.assert_allclose(values, LOSS(outputs, labels), rtol=1e-5)
+  found = jax.jit(tasks.detect)
+  for a, b in zip(found(apart), found(outputs)):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"num_classes": 0}, "t: num_classes: expected at least 1, found 0"),
+    ({"max_detections": 0}, "t: max_detections: expected at least 1, found 0"),
+    ({"nms_iou": 60}, "t: nms_iou: expected a number from 0 to 1, found 60"),
+    ({"box_weight": -1.0}, "t: box_weight: expected a number not below 0, found -1.0"),
+])
+def test_bad_arguments(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    tasks.detection("t", **{"num_classes": 2, **kwargs})

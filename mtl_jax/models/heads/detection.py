@@ -50,10 +50,11 @@ class Detection(nn.Module):
 
   >>> maps = {"layer1": jnp.ones((2, 8, 8, 4)), "layer2": jnp.ones((2, 4, 4, 8)),
   ...         "features": jnp.ones((2, 8))}
-  >>> outputs, _ = Detection(num_outputs=3, channels=8).init_with_output(jax.random.key(0), maps)
+  >>> head = Detection(num_outputs=3)
+  >>> outputs, _ = jax.eval_shape(head.init_with_output, jax.random.key(0), maps)
   >>> {name: output.shape for name, output in outputs.items()}  # doctest: +NORMALIZE_WHITESPACE
-  {'class': (2, 80, 3), 'box': (2, 80, 4), 'centerness': (2, 80), 'points': (1, 80, 2),
-   'stride': (1, 80, 2), 'reach': (1, 80, 2)}
+  {'box': (2, 80, 4), 'centerness': (2, 80), 'class': (2, 80, 3),
+   'points': (1, 80, 2), 'reach': (1, 80, 2), 'stride': (1, 80, 2)}
 
   Reference:
     Tian, Shen, Chen, He: FCOS: Fully Convolutional One-Stage Object Detection. ICCV 2019,
