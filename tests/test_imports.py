@@ -20,7 +20,7 @@ ALLOWED = {
 }
 ANYWHERE = {"errors", "randomness"}
 HEAVY = ("matplotlib", "tensorflow_datasets", "orbax", "tensorboardX", "sklearn", "PIL", "grain",
-         "requests", "ml_collections", "tensorflow")
+         "requests", "ml_collections", "tensorflow", "pycocotools")
 
 
 def imported(path: pathlib.Path) -> set[str]:
