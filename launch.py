@@ -7,6 +7,7 @@
 import argparse
 import logging
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -36,7 +37,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.error(f"argument --mode: found {arguments.mode!r}")
   if not arguments.workdir:
     path, _, argument = arguments.config.partition(":")
-    words = [pathlib.Path(path).stem, *argument.replace("=", "-").split(",")]
+    words = [pathlib.Path(path).stem, *re.split(",|/|~", argument.replace("=", "-"))]
     arguments.workdir = pathlib.Path("runs") / "_".join(word for word in words if word)
   arguments.overrides = overrides
   return arguments

@@ -21,7 +21,8 @@ Measured on blood cells (BCCD) beside CIFAR-10's classes; see the README.
 
 import ml_collections
 
-HEADS = {"faces": {"name": "identity", "stream": "faces", "head": {"name": "normalized"}},
+HEADS = {"faces": {"name": "identity", "stream": "faces", "label": "label",
+                   "head": {"name": "normalized"}},
          "objects": {"name": "detection", "stream": "objects", "label": "objects",
                      "head": {"name": "detection"}}}
 
@@ -47,7 +48,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.seed = 0
   config.data = {"streams": {task: streams[task] for task in tasks}, "batch_size": 16}
   config.tasks = {task: HEADS[task] for task in tasks}
-  config.trunk = {"name": "cnn", "channels": (32, 64, 64), "width": 128}
+  config.trunk = {"name": "cnn", "channels": (32, 64, 64), "width": 128, "pool": "mean"}
   config.sharing = {"name": "independent" if "independent" in words else "hard"}
   config.balancer = {"name": "equal"}
   config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": {"name": "cosine"}}

@@ -182,27 +182,53 @@ def columns(table: Table, rows: Sequence[Row | None], files: Files, report: Repo
     UserError: for kinds of columns that are not there, and where a column is of no clear kind.
   """
   arrays, labels = {}, {}
+  boxed = _box_columns(table.fields, _wanted(kinds, table.fields))
+  for label, kind in label_kinds(table, rows, kinds).items():
+    if kind == "box":
+      arrays[label], labels[label] = _box_column(table, rows, files, label, boxed[label], unit,
+                                                 report)
+      continue
+    present = _present(rows, label)
+    if kind == "none":
+      report["label column without a value"] += 1
+    elif kind == "class":
+      arrays[label], labels[label] = class_column([present.get(i) for i in range(len(rows))])
+    else:
+      arrays[label], labels[label] = _number_column(present, len(rows), report), Label("number")
+  return arrays, labels
+
+
+def label_kinds(table: Table, rows: Sequence[Row | None], kinds: Sequence[str] = ()
+                ) -> dict[str, str]:
+  """What the labels of a table are: "box", "class", "number", or "none" where no cell has a value.
+
+  Args:
+    table: of labels.
+    rows: those that count, None for a file without one.
+    kinds: as `columns` takes them.
+
+  Raises:
+    UserError: as `columns`.
+  """
   wanted = _wanted(kinds, table.fields)
-  grouped = _box_columns(table.fields, wanted)
-  if clash := set(grouped) & set(table.fields):
+  boxed = _box_columns(table.fields, wanted)
+  if clash := set(boxed) & set(table.fields):
     raise table.error(1, f"expected a name of its own for each label, found {min(clash)!r} for a "
                          "box and for a column")
-  for label, corners in grouped.items():
-    arrays[label], labels[label] = _box_column(table, rows, files, label, corners, unit, report)
+  found = dict.fromkeys(boxed, "box")
   for field in table.fields:
-    if any(field in corners for corners in grouped.values()):
+    if any(field in corners for corners in boxed.values()):
       continue
-    cells = ["" if row is None else row.cells[field] for row in rows]
-    present = {i: cell for i, cell in enumerate(cells) if cell.lower() not in _MISSING}
-    if not present:
-      report["label column without a value"] += 1
-      continue
-    kind = wanted.get(field) or _guessed_kind(table, field, rows, present)
-    if kind == "class":
-      arrays[field], labels[field] = class_column([present.get(i) for i in range(len(rows))])
-    else:
-      arrays[field], labels[field] = _number_column(present, len(rows), report), Label("number")
-  return arrays, labels
+    present = _present(rows, field)
+    found[field] = (wanted.get(field) or _guessed_kind(table, field, rows, present)
+                    if present else "none")
+  return found
+
+
+def _present(rows: Sequence[Row | None], field: str) -> dict[int, str]:
+  """The cells of a column that hold a value, by the row's number."""
+  cells = ["" if row is None else row.cells[field] for row in rows]
+  return {i: cell for i, cell in enumerate(cells) if cell.lower() not in _MISSING}
 
 
 def class_column(values: Sequence[str | None]) -> tuple[np.ndarray, Label]:

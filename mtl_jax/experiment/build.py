@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import functools
 
+import flax
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,9 @@ def _check_shapes(experiment: Experiment) -> None:
   """Traces the model once, so that what does not fit is known before anything runs."""
   try:
     state = jax.eval_shape(lambda: experiment.create_state(0))
+  except flax.errors.ScopeParamShapeError as error:
+    raise UserError("config.trunk: expected one that takes images of any size, such as resnet18 or "
+                    f"cnn with pool=mean, for images of {experiment.shapes}") from error
   except (ValueError, TypeError, ZeroDivisionError) as error:
     reason = str(error).split("\n")[0]
     raise UserError(f"config.trunk: {reason} (images are {experiment.shapes})") from error

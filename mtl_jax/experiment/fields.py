@@ -221,7 +221,7 @@ def _task(name: str, found: Mapping[str, Any], streams: Mapping[str, Any]) -> di
                     f"found {task['stream']!r}")
   if not found.get("head"):
     raise UserError(f"{where}.head: expected a head such as {{'name': 'linear'}}, found none")
-  task["head"] = sections.complete(f"{where}.head", found["head"], HEADS, given=("num_outputs",))
+  task["head"] = sections.complete(f"{where}.head", found["head"], HEADS, given=("num_outputs", "size"))
   sections.check_sizes(f"{where}.head", task["head"])
   return task
 

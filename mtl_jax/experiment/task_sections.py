@@ -50,7 +50,7 @@ def task_of(name: str, section: ConfigDict, source: Source) -> Task:
                     f"{kind}, found {arguments['label']!r} of kind {label.kind}; what learns it: "
                     f"{', '.join(fitting)}")
   wanted = {argument for argument in inspect.signature(KINDS[kind]).parameters
-            if arguments.get(argument) is None}
+            if arguments.get(argument) in (None, ())}
   arguments |= facts(wanted, label, arguments["label"], source.splits["train"])
   try:
     return KINDS[kind](name, **arguments)

@@ -25,6 +25,8 @@ class CNN(Trunk):
   Attributes:
     channels: of the convolutions, each followed by a pooling; stages "conv1", "conv2", ….
     width: of the dense layer, the size of the features.
+    pool: what the dense layer reads of the last map: "flatten" all of it, or "mean" over space,
+      which images of any size go through.
 
   >>> import functools
   >>> import jax.numpy as jnp
@@ -37,6 +39,7 @@ class CNN(Trunk):
 
   channels: Sequence[int] = (32, 64)
   width: int = 128
+  pool: str = "flatten"
 
   @property
   def stages(self) -> tuple[str, ...]:
@@ -55,11 +58,14 @@ class CNN(Trunk):
     if place == 0:
       self._check_images(x)
     if name == "features":
-      return nn.relu(nn.Dense(self.width, name="dense")(x.reshape(x.shape[0], -1)))
+      pooled = x.mean(axis=(1, 2)) if self.pool == "mean" else x.reshape(x.shape[0], -1)
+      return nn.relu(nn.Dense(self.width, name="dense")(pooled))
     return max_pool(nn.relu(nn.Conv(self.channels[place], (3, 3), name=name)(x)))
 
   def _check_images(self, images: jax.Array) -> None:
     check_images("cnn", images)
+    if self.pool not in ("flatten", "mean"):
+      raise ValueError(f"cnn: pool: expected 'flatten' or 'mean', found {self.pool!r}")
     if min(images.shape[1:3]) < 2 ** len(self.channels):
       raise ValueError(f"cnn: images: expected at least {2 ** len(self.channels)} pixels a side, "
                        f"found {images.shape[1]}x{images.shape[2]}")
