@@ -205,6 +205,8 @@ def move(columns: Mapping[str, jax.Array], moves: Sequence[tuple[str, jax.Array,
   framed = any(label.kind in _FRAMED for label in labels.values())
   result = {**columns, "image": moved(images, 0 if framed else None, order=1)}
   for name, label in labels.items():
+    if name not in columns:  # no task reads it
+      continue
     values = columns[name]
     if label.kind in _PIXELWISE:
       if values.shape[1:3] != images.shape[1:3]:

@@ -18,7 +18,7 @@ class Label:
   |---|---|---|
   | `class` | int32 [], one of `num_classes` | -1 |
   | `binary` | int32 [L], 0 or 1 for each of L attributes | -1, each on its own |
-  | `number` | float32 [] or [D], which no augmentation changes | NaN |
+  | `number` | float32 [] or [D], which no augmentation changes | NaN, each on its own |
   | `box` | float32 [4]: x1, y1, x2, y2 as fractions of width and height | NaN |
   | `objects` | float32 [M, 5]: boxes and their class; absent ones 0 with class -1 | NaN throughout |
   | `mask` | int32 [H, W], a class a pixel | -1, each pixel on its own |

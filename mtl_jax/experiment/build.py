@@ -177,6 +177,10 @@ def _check_shapes(experiment: Experiment) -> None:
     raise UserError(f"config.trunk: {reason} (images are {experiment.shapes})") from error
   model = experiment.model
   try:
+    jax.eval_shape(experiment.eval_step, state, experiment.example_batch())
+  except (ValueError, TypeError) as error:
+    raise UserError(f"config.tasks: {str(error).splitlines()[0]}") from error
+  try:
     check_engine(experiment.config.train.gradients, experiment.balancer,
                  one_stream=len(experiment.sources) == 1,
                  one_representation=model.sharing.one_representation,

@@ -92,6 +92,12 @@ class Experiment:
     return {stream: Columns(source.splits[split], ("image", *self.labels[stream]))
             for stream, source in self.sources.items()}
 
+  def example_batch(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes of a batch of two examples."""
+    shape = lambda x: jax.ShapeDtypeStruct((2, *np.shape(x)), np.asarray(x).dtype)
+    return {stream: jax.tree.map(shape, dict(examples[0]))
+            for stream, examples in self.examples("train").items()}
+
   def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
     """Normalised, in training augmented, images in place of the uint8 ones, labels moved along."""
     labels = {stream: source.labels for stream, source in self.sources.items()}

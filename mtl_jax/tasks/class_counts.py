@@ -40,9 +40,9 @@ def class_counts(predicted: jax.Array, labels: jax.Array, there: jax.Array,
 
 
 def f1_scores(counts: Mapping[str, np.ndarray]) -> np.ndarray:
-  """F1 of each class, [C]: the harmonic mean of precision and recall, 2 hits / (predicted + labelled).
+  """F1 of each class, [C], the harmonic mean of precision and recall.
 
-  NaN for a class that is neither predicted nor a label.
+  It is 2 hits / (predicted + labelled), NaN for a class that is neither predicted nor a label.
   """
   return _quotients(2 * counts["hits"], counts["predicted"] + counts["labelled"])
 

@@ -18,10 +18,11 @@ def normals(name: str, *, stream: str | None = None, label: str = "normals",
             weight: float = 1.0) -> Task:
   """A direction a pixel: 1 - cosine; mean and median angle, shares within 11.25°, 22.5° and 30°.
 
-  The head gives [B, H, W, 3] at the labels' resolution, of any length: only directions count. (The
-  loss divides by a length of at least 0.001, so that an output of 0 has a gradient.) Labels are float32 [B, H, W, 3], unit vectors, each pixel missing where NaN. An
-  example's loss is the mean over the pixels it has, metrics are over all evaluated pixels. The
-  median is read from counts of angles in steps of 0.01°, so it is exact to 0.005°.
+  The head gives [B, H, W, 3] at the labels' resolution, of any length: only directions count.
+  (The loss divides by a length of at least 0.001, so that an output of 0 has a gradient.) Labels
+  are float32 [B, H, W, 3], unit vectors, each pixel missing where NaN. An example's loss is the
+  mean over the pixels it has, metrics are over all evaluated pixels. The median is read from
+  counts of angles in steps of 0.01°, so it is exact to 0.005°.
 
   Together with `segmentation` (mIoU, pixel accuracy) and `depth` (absolute and relative error)
   these are the nine metrics of NYUv2.
@@ -46,8 +47,8 @@ def normals(name: str, *, stream: str | None = None, label: str = "normals",
     Their arccosine rounds angles below 0.02° in float32; here angles are from the chords.
   """
   def loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    cosines = (_unit(outputs_like(name, outputs, labels), 1e-3) * _unit(filled(labels))).sum(axis=-1)
-    return mean_of_parts(1 - cosines, pixels(labels))
+    predicted = _unit(outputs_like(name, outputs, labels), least=1e-3)
+    return mean_of_parts(1 - (predicted * _unit(filled(labels))).sum(axis=-1), pixels(labels))
 
   def counts(outputs: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     num_bins = 180 * BINS_PER_DEGREE
@@ -83,7 +84,7 @@ def angles(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _unit(vectors: jax.Array, least: float = 1e-15) -> jax.Array:
-  """Vectors over their length, or over `least` where that is more: gradients are below 1 / least."""
+  """Vectors over their length, or over `least` where that is more, which bounds gradients."""
   squares = (vectors ** 2).sum(axis=-1, keepdims=True)
   return vectors * jax.lax.rsqrt(jnp.maximum(squares, least ** 2))
 

@@ -63,16 +63,7 @@ def regression(name: str, *, size: int, loss: str = "mse", delta: float = 1.0,
   arguments.check(name, "size", size >= 1, "at least 1", size)
   arguments.check_choice(name, "loss", loss, tuple(LOSSES))
   arguments.check(name, "delta", delta > 0, "a number > 0", delta)
-  if period is not None:
-    arguments.check(name, "period", 0 < period < math.inf, "a number > 0", period)
-    target = _Circle(name, float(period))
-  elif not scale_targets:
-    target = _line(name, size, 0.0, 1.0)
-  elif mean is None or std is None:
-    raise ValueError(f"{name}: mean and std: expected those of the labels in train, found none; "
-                     "give them, or scale_targets=False")
-  else:
-    target = _line(name, size, mean, std)
+  target = _target(name, size, mean, std, scale_targets, period)
 
   def losses(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     labels = _columns(name, labels, size)
@@ -121,12 +112,6 @@ class _Line:
     return self.std * self.scaled_error(outputs, labels)
 
 
-def _line(name: str, size: int, mean: Sequence[float] | float,
-          std: Sequence[float] | float) -> _Line:
-  return _Line(name, arguments.numbers(name, "mean", mean, size)[None],
-               arguments.numbers(name, "std", std, size, above=0)[None])
-
-
 @dataclasses.dataclass(frozen=True)
 class _Circle:
   """Targets are the sine and cosine of labels that repeat after `period`."""
@@ -150,6 +135,21 @@ class _Circle:
     predicted = jnp.arctan2(outputs[..., 0], outputs[..., 1]) * (self.period / (2 * math.pi))
     half = self.period / 2
     return jnp.mod(predicted - filled(labels) + half, self.period) - half
+
+
+def _target(name: str, size: int, mean: Sequence[float] | float | None,
+            std: Sequence[float] | float | None, scale_targets: bool,
+            period: float | None) -> _Line | _Circle:
+  if period is not None:
+    arguments.check(name, "period", 0 < period < math.inf, "a number > 0", period)
+    return _Circle(name, float(period))
+  if not scale_targets:
+    mean, std = 0.0, 1.0
+  if mean is None or std is None:
+    raise ValueError(f"{name}: mean and std: expected those of the labels in train, found none; "
+                     "give them, or scale_targets=False")
+  return _Line(name, arguments.numbers(name, "mean", mean, size)[None],
+               arguments.numbers(name, "std", std, size, above=0)[None])
 
 
 class Spread(NamedTuple):

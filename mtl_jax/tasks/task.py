@@ -25,9 +25,9 @@ class Task:
       [B, H, W, num_outputs] where the labels are maps; the task's kind says if it is more.
     metrics: besides the loss; the first is the one that selects the best checkpoint.
     weight: constant factor of its loss before any balancing.
-    partial: whether an example's label may be missing in part, as pixels of a mask may: loss and
-      metrics then see -1 or NaN there and leave it out, and the example counts if any part is
-      there. Otherwise an example with any part missing does not count.
+    partial: whether an example's label may be missing in part, as pixels of a mask may, or single
+      numbers of several: loss and metrics then see -1 or NaN there and leave it out, and the
+      example counts if any part is there. Otherwise one with any part missing does not count.
   """
 
   name: str
@@ -127,6 +127,6 @@ def merge_metrics(tasks: Sequence[Task], a: dict, b: dict) -> dict:
 
 
 def compute_metrics(tasks: Sequence[Task], states: dict) -> dict[str, float]:
-  """Metric values by name, of those metrics that are in the states: `{"<task>/<metric>": float}`."""
+  """Values of those metrics that are in the states: `{"<task>/<metric>": float}`."""
   return {f"{task.name}/{metric.name}": metric.compute(states[task.name][metric.name])
           for task in tasks for metric in task.all_metrics if metric.name in states[task.name]}

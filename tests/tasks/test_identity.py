@@ -14,7 +14,8 @@ def outputs_of(cosines):
   return {"embedding": jnp.ones((len(cosines), 1)), "cosines": jnp.asarray(cosines, jnp.float32)}
 
 
-@pytest.mark.parametrize("loss, own", [("cosface", 0.5 - 0.2), ("arcface", np.cos(np.pi / 3 + 0.2))])
+@pytest.mark.parametrize("loss, own", [("cosface", 0.5 - 0.2),
+                                       ("arcface", np.cos(np.pi / 3 + 0.2))])
 def test_margins_by_hand(loss, own):
   task = tasks.identity("t", num_classes=3, loss=loss, scale=4.0, margin=0.2)
   logits = 4 * np.array([own, 0.1, -0.3])

@@ -251,7 +251,7 @@ def test_counts_carry(a, b):
 
 
 @pytest.mark.parametrize("kind, kwargs, message", [
-    ("classification", {"num_classes": 3, "class_weights": (1, 2)}, "class_weights: expected 3 num"),
+    ("classification", {"num_classes": 3, "class_weights": (1, 2)}, "class_weights: expected 3"),
     ("classification", {"num_classes": 3, "class_weights": (1, 2, -1)}, "not below 0"),
     ("classification", {"num_classes": 3, "label_smoothing": 1.0}, r"a share in \[0, 1\)"),
     ("multilabel", {"num_labels": 0}, "num_labels: expected at least 1, found 0"),
