@@ -37,5 +37,6 @@ def reads_maps(head: nn.Module) -> bool:
   """
   reads = getattr(head, "reads", "features")
   if reads not in ("features", "maps"):
-    raise ValueError(f"{type(head).__name__}: reads: expected 'features' or 'maps', found {reads!r}")
+    raise ValueError(f"{type(head).__name__}: reads: expected 'features' or 'maps', "
+                     f"found {reads!r}")
   return reads == "maps"

@@ -67,7 +67,7 @@ MISTAKES = [
      "config.balancer: fixed: weights"),
     ([CONFIG, "--config.balancer.name=fixed", "--config.balancer.weights.cifar10=1"],
      "expected one value for each of cifar10, cifar100; found cifar10"),
-    ([CONFIG, "--config.trunk.name=resnet"], "config.trunk.name: expected one of cnn, resnet18"),
+    ([CONFIG, "--config.trunk.name=resnet"], "config.trunk.name: expected one of cnn, mlp, resnet18"),
     ([CONFIG, "--config.trunk.width=0"], "config.trunk.width: expected a size of at least 1"),
     ([CONFIG, "--config.trunk.width=big"], "config.trunk.width: expected a whole number, found 'big'"),
     ([CONFIG, "--config.sharing.name=soft"], "config.sharing.name: expected one of hard, independent"),

@@ -158,7 +158,7 @@ def test_fpn_doubles_each_level_as_often_as_it_is_deep():
 @pytest.mark.parametrize("name, fields, message", [
     ("upsampling", {"stage": "s9"}, "upsampling: stage: expected one of the trunk's stages"),
     ("upsampling", {"skips": ("s9",)}, "upsampling: skips: expected one of the trunk's stages"),
-    ("upsampling", {"stage": "s1", "skips": ("s4",)}, r"no coarser than the start, \(11, 9\), found"),
+    ("upsampling", {"stage": "s1", "skips": ("s4",)}, r"no coarser than the start, \(11, 9\)"),
     ("upsampling", {"size": (8,)}, r"upsampling: size: expected \(height, width\).*found \(8,\)"),
     ("fpn", {"size": (0, 8)}, r"fpn: size: expected \(height, width\).*found \(0, 8\)"),
 ])

@@ -29,11 +29,14 @@ RESNET18 = """
   conv1 bn1
   layer1_0/conv1 layer1_0/bn1 layer1_0/conv2 layer1_0/bn2
   layer1_1/conv1 layer1_1/bn1 layer1_1/conv2 layer1_1/bn2
-  layer2_0/conv1 layer2_0/bn1 layer2_0/conv2 layer2_0/bn2 layer2_0/downsample_0 layer2_0/downsample_1
+  layer2_0/conv1 layer2_0/bn1 layer2_0/conv2 layer2_0/bn2
+  layer2_0/downsample_0 layer2_0/downsample_1
   layer2_1/conv1 layer2_1/bn1 layer2_1/conv2 layer2_1/bn2
-  layer3_0/conv1 layer3_0/bn1 layer3_0/conv2 layer3_0/bn2 layer3_0/downsample_0 layer3_0/downsample_1
+  layer3_0/conv1 layer3_0/bn1 layer3_0/conv2 layer3_0/bn2
+  layer3_0/downsample_0 layer3_0/downsample_1
   layer3_1/conv1 layer3_1/bn1 layer3_1/conv2 layer3_1/bn2
-  layer4_0/conv1 layer4_0/bn1 layer4_0/conv2 layer4_0/bn2 layer4_0/downsample_0 layer4_0/downsample_1
+  layer4_0/conv1 layer4_0/bn1 layer4_0/conv2 layer4_0/bn2
+  layer4_0/downsample_0 layer4_0/downsample_1
   layer4_1/conv1 layer4_1/bn1 layer4_1/conv2 layer4_1/bn2
 """.split()
 
@@ -84,7 +87,8 @@ def test_features_stay(trunk, features):
   images = waves((2, 9, 7, 3))
   variables = filled(trunk, images)
   variables["params"] = jax.tree.map(lambda x: waves(x.shape), variables["params"])
-  np.testing.assert_allclose(jax.jit(trunk.apply)(variables, images), features, rtol=1e-5, atol=1e-5)
+  found = jax.jit(trunk.apply)(variables, images)
+  np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, train", [("cnn", False), ("resnet18", True), ("vit", False),
@@ -114,7 +118,8 @@ def test_stages_add_up_to_the_whole(name, train):
 
 
 @pytest.mark.parametrize("name, stage, kept", [
-    ("cnn", "conv2", {"conv2"}), ("cnn", "features", {"dense"}), ("resnet18", "stem", {"bn1", "conv1"}),
+    ("cnn", "conv2", {"conv2"}), ("cnn", "features", {"dense"}),
+    ("resnet18", "stem", {"bn1", "conv1"}),
     ("resnet18", "layer2", {"layer2_0", "layer2_1"}), ("vit", "block2", {"block2"}),
     ("mlp", "hidden2", {"dense2"})])
 def test_a_stage_alone_has_its_own_parameters_only(name, stage, kept):
