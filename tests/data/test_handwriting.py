@@ -1,4 +1,4 @@
-"""The handwriting: split without overlap, picked by class; random integers that cover their range."""
+"""The handwriting: split without overlap, picked by class; random integers cover a range."""
 
 import numpy as np
 
