@@ -1,7 +1,7 @@
 """The table of sources, and what stands in for one that cannot be had."""
 
 from mtl_jax.data import (celeba, cifar, cityscapes, coco, folders, idx, multi_fashion, nyuv2,
-                          tfds)
+                          scenes, tfds)
 from mtl_jax.data.source import Source
 
 SOURCES = {
@@ -15,6 +15,7 @@ SOURCES = {
     "celeba": celeba.celeba,
     "nyuv2": nyuv2.nyuv2,
     "cityscapes": cityscapes.cityscapes,
+    "digit_scenes": scenes.digit_scenes,
 }
 
 

@@ -18,6 +18,11 @@ def _shown(value: float | None, unit: str) -> str:
   return f"{100 * value:.2f} %" if unit == "fraction" else f"{value:.4f}"
 
 
+def _is_sample(origin: str) -> bool:
+  """Whether examples of this origin were rendered here: "sample", or "sample:" and what of."""
+  return origin.partition(":")[0] == "sample"
+
+
 class Console:
   """Prints to standard output on the first process, and nothing on the others."""
 
@@ -43,17 +48,24 @@ class Console:
       data: origin of each stream.
       reports: what was wrong with the data of each stream, and how many times.
     """
-    sampled = [stream for stream, origin in data.items() if origin == "sample"]
+    stand_ins = [stream for stream, origin in data.items() if origin == "sample"]
+    scenes = [stream for stream, origin in data.items()
+              if _is_sample(origin) and stream not in stand_ins]
     for stream, origin in data.items():
-      if origin != "sample":
+      if stream not in stand_ins:
         self.say(f"stream {stream}: {origin}")
       for problem, count in (reports or {}).get(stream, {}).items():
         self.warn(f"stream {stream}: {count} × {problem}")
-    if sampled:
-      self._out.print(Panel(
-          f"SAMPLE DATA for {', '.join(sampled)}: rendered handwritten digits, not CIFAR.\n"
-          "The numbers of this run say nothing about CIFAR. To train on CIFAR see README, Data.",
-          title="sample", style="bold yellow", expand=False))
+    if stand_ins:
+      self._panel(
+          f"SAMPLE DATA for {', '.join(stand_ins)}: rendered handwritten digits, not CIFAR.\n"
+          "The numbers of this run say nothing about CIFAR. To train on CIFAR see README, Data.")
+    if scenes:
+      self._panel(f"SAMPLE DATA for {', '.join(scenes)}: rendered handwritten digits.\n"
+                  "The numbers of this run say nothing about photographs.")
+
+  def _panel(self, text: str) -> None:
+    self._out.print(Panel(text, title="sample", style="bold yellow", expand=False))
 
   def start_progress(self, done: int, total: int) -> None:
     """Shows the progress bar."""
@@ -86,7 +98,7 @@ class Console:
 
   def summary(self, summary: Mapping, tasks: Sequence[Task]) -> None:
     """The final table."""
-    sampled = "sample" in summary["data"].values()
+    sampled = any(map(_is_sample, summary["data"].values()))
     table = Table(title="results" + (" on SAMPLE DATA" if sampled else ""),
                   caption=f"checkpoint of step {summary['best_step']}, the best on validation; "
                           "one seed")
@@ -106,7 +118,7 @@ class Console:
   def folds(self, summary: Mapping, tasks: Sequence[Task]) -> None:
     """The table of a cross-validation."""
     table = Table(title=f"{summary['folds']} folds, each held out once"
-                  + (" (SAMPLE DATA)" if "sample" in summary["data"].values() else ""))
+                  + (" (SAMPLE DATA)" if any(map(_is_sample, summary["data"].values())) else ""))
     for name, justify in (("task", "left"), ("metric", "left"), ("mean", "right"), ("std", "right")):
       table.add_column(name, justify=justify)
     for task in tasks:
