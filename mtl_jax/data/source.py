@@ -134,6 +134,49 @@ class Joined:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unlabelled:
+  """Examples some of whose labels are taken away.
+
+  Attributes:
+    examples: with all their labels.
+    dropped: by label, [N] bool: whose is missing.
+  """
+
+  examples: Examples
+  dropped: Mapping[str, np.ndarray]
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+    example = self.examples[index]
+    return {name: missing(value) if name in self.dropped and self.dropped[name][index] else value
+            for name, value in example.items()}
+
+  def arrays(self) -> Mapping[str, np.ndarray]:
+    return {name: self._without(name, values) for name, values in self.examples.arrays().items()}
+
+  def column(self, name: str) -> np.ndarray:
+    return self._without(name, column(self.examples, name))
+
+  def _without(self, name: str, values: np.ndarray) -> np.ndarray:
+    if name not in self.dropped:
+      return values
+    gone = self.dropped[name].reshape(-1, *(1,) * (values.ndim - 1))
+    return np.where(gone, missing(values), values)
+
+
+def missing(values: np.ndarray) -> np.ndarray:
+  """A label of the same shape and type of which nothing is there: -1 or NaN throughout.
+
+  >>> missing(np.array([3, 4], np.int32)).tolist(), missing(np.array(0.5, np.float32)).tolist()
+  ([-1, -1], nan)
+  """
+  values = np.asarray(values)
+  return np.full_like(values, np.nan if values.dtype.kind == "f" else -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Columns:
   """Examples with only some of their columns."""
 

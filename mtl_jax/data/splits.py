@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from mtl_jax.data.source import Joined, Source, Subset
+from mtl_jax.data.source import Joined, Source, Subset, Unlabelled
 
 
 def with_validation(source: Source, fraction: float, seed: int) -> Source:
@@ -63,3 +63,18 @@ def with_fold(source: Source, folds: int, fold: int, seed: int) -> Source:
   rest = np.concatenate([part for i, part in enumerate(parts) if i != fold])
   return dataclasses.replace(source, splits={
       "train": Subset(whole, np.sort(rest)), "test": Subset(whole, np.sort(parts[fold]))})
+
+
+def with_missing(source: Source, fraction: float, seed: int) -> Source:
+  """The source with a fraction of each label of train missing at random, each on its own.
+
+  Args:
+    source: with "train".
+    fraction: of the examples, for each label; in [0, 1).
+    seed: of the draw.
+  """
+  train = source.splits["train"]
+  rng = np.random.default_rng(seed)
+  count = round(fraction * len(train))
+  dropped = {name: rng.permutation(len(train)) < count for name in sorted(source.labels)}
+  return dataclasses.replace(source, splits={**source.splits, "train": Unlabelled(train, dropped)})

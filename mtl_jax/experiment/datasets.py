@@ -9,7 +9,7 @@ import numpy as np
 from mtl_jax.data import sources
 from mtl_jax.data.augmentation import AUGMENTATIONS, channel_statistics, parse
 from mtl_jax.data.source import Source
-from mtl_jax.data.splits import with_fold, with_validation
+from mtl_jax.data.splits import with_fold, with_missing, with_validation
 from mtl_jax.errors import MissingData, UserError
 from mtl_jax.experiment import sections
 
@@ -34,7 +34,10 @@ def load(config: ConfigDict, given: Mapping[str, Source] | None = None) -> dict[
       if config.data.fold is not None:
         source = with_fold(source, config.data.folds, config.data.fold, config.seed)
       _check(stream, source)
-      loaded[stream] = with_validation(source, config.data.validation, config.seed)
+      source = with_validation(source, config.data.validation, config.seed)
+      if config.data.drop_labels:
+        source = with_missing(source, config.data.drop_labels, config.seed)
+      loaded[stream] = source
     except ValueError as error:
       raise UserError(f"config.data.{error}") from error
   return loaded

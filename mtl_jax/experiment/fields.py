@@ -34,6 +34,7 @@ class DataSection:
     download: whether missing archives may be downloaded.
     engine: "resident" on the device, "grain" from the host, or "auto" by size.
     validation: fraction of train that becomes validation where a source brings none.
+    drop_labels: fraction of each label of train that is taken away at random.
     folds: of k-fold cross-validation on train, each run in turn; None for one run.
     fold: the one that is held out as test; None for all in turn.
     augmentation: names, perhaps with strengths ("rotate:15", see `mtl_jax/data/augmentation.py`),
@@ -49,6 +50,7 @@ class DataSection:
   download: bool = True
   engine: str = "auto"
   validation: float = 0.1
+  drop_labels: float = 0.0
   folds: int | None = None
   fold: int | None = None
   augmentation: tuple[str, ...] = ("auto",)
@@ -138,6 +140,9 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
   if not 0 < data["validation"] < 1:
     raise UserError(f"config.data.validation: expected a fraction between 0 and 1, "
                     f"found {data['validation']!r}")
+  if not 0 <= data["drop_labels"] < 1:
+    raise UserError(f"config.data.drop_labels: expected a fraction from 0 on and below 1, "
+                    f"found {data['drop_labels']!r}")
   if not data["streams"]:
     raise UserError("config.data.streams: expected at least one stream, found none")
   data["streams"] = {
