@@ -12,8 +12,8 @@ from mtl_jax import balancing, testing
 from tests.balancing.rows import ROWS
 
 NO_METHODS = {
-    "__init__", "balancer", "hyperparameters", "masked", "preference", "solvers", "trained",
-    "wrappers",
+    "__init__", "balancer", "dual_cone", "hyperparameters", "masked", "preference", "solvers",
+    "trained", "wrappers",
 }
 SLOW = pytest.mark.slow
 IDS = [f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-") for row in ROWS]
