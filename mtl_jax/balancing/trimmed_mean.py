@@ -10,7 +10,7 @@ from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state, wi
 from mtl_jax.balancing.graddrop import alongside
 
 
-def trimmed_mean(trim: int = 1) -> Balancer:
+def trimmed_mean(trim: int | jax.Array = 1) -> Balancer:
   """Averages in each coordinate what is left without the largest and the smallest gradients.
 
   The rule, coordinate by coordinate: drop the `trim` largest and the `trim` smallest values of
