@@ -4,11 +4,12 @@
 with a sentence that says what was broken, and on which Jacobian.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,16 @@ def signals_of(balancer: Balancer, state: Any, jacobian: Any, *, active: Any = N
   ), balancer, state, jacobian)
 
 
+def _decide(balancer: Balancer, jacobian: jax.Array, state: Any, active: jax.Array,
+            losses: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+  decision, state = balancer.update(
+      signals_of(balancer, state, jacobian, active=active, losses=losses, key=key), state)
+  direction = decision.direction
+  if direction is None:
+    direction = combine(jnp.where(active[:, None], jacobian, 0), decision.weights)
+  return decision.weights, direction, state
+
+
 @functools.lru_cache(maxsize=512)
 def decider(balancer: Balancer, num_tasks: int) -> Callable[..., tuple[Any, Any, Any]]:
   """A method's update compiled once: `decide(jacobian, …) -> (weights, direction, state)`.
@@ -81,12 +92,7 @@ def decider(balancer: Balancer, num_tasks: int) -> Callable[..., tuple[Any, Any,
   @jax.jit
   def decide(jacobian, state, active, losses, key):
     traces.append(jacobian.shape)
-    decision, state = balancer.update(
-        signals_of(balancer, state, jacobian, active=active, losses=losses, key=key), state)
-    direction = decision.direction
-    if direction is None:
-      direction = combine(jnp.where(active[:, None], jacobian, 0), decision.weights)
-    return decision.weights, direction, state
+    return _decide(balancer, jacobian, state, active, losses, key)
 
   def with_defaults(jacobian, state=None, active=None, losses=None, key=None):
     if not isinstance(jacobian, jax.Array):
@@ -101,10 +107,41 @@ def decider(balancer: Balancer, num_tasks: int) -> Callable[..., tuple[Any, Any,
   return with_defaults
 
 
+@functools.lru_cache(maxsize=512)
+def _after_step(balancer: Balancer) -> Callable[..., Any]:
+  """A method's look after the step, compiled once."""
+  return jax.jit(balancer.after_step)
+
+
+def _inputs(num_tasks: int, step: int) -> dict[str, Any]:
+  """What a method is shown at one step of a run; every step differs."""
+  return {"jacobian": normal(num_tasks, step), "active": np.ones(num_tasks, bool),
+          "losses": np.linspace(2, 0.5, num_tasks, dtype=np.float32) / (1 + step),
+          "key": jax.random.key(step)}
+
+
+def _advance(balancer: Balancer, num_tasks: int, step: int, state: Any) -> tuple[Any, Any, Any]:
+  """Weights, direction and state of one step of a run, the look after it included."""
+  inputs = _inputs(num_tasks, step)
+  weights, direction, state = decider(balancer, num_tasks)(state=state, **inputs)
+  if balancer.after_step:
+    state = _after_step(balancer)(inputs["losses"] * 0.9, inputs["active"], state)
+  return weights, direction, state
+
+
 def _assert_close(found: Any, expected: Any, what: str, rtol: float = 1e-4,
                   atol: float = 1e-6) -> None:
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=what),
                found, expected)
+
+
+def _assert_same(found: Any, expected: Any, what: str) -> None:
+  """All shapes, dtypes and bits are equal."""
+  def compare(a: Any, b: Any) -> None:
+    a, b = np.asarray(a), np.asarray(b)
+    assert (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes()), (
+        f"{what}: expected {b!r} bit for bit, found {a!r}")
+  jax.tree.map(compare, found, expected)
 
 
 # ---- Properties: each takes a method and a number of tasks.
@@ -299,6 +336,70 @@ def check_batches(balancer: Balancer) -> None:
                 f"{balancer.name}: vmap over keys", rtol=1e-5, atol=1e-6)
 
 
+def check_resumes(balancer: Balancer) -> None:
+  """A run whose state was saved and restored goes on bit for bit as if it had not been.
+
+  The state goes to the host and through Flax's serialisation; no file is touched.
+  """
+  first = _advance(balancer, 3, 0, None)
+  try:
+    saved = flax.serialization.to_bytes(jax.device_get(first[2]))
+  except TypeError as error:
+    raise AssertionError(f"{balancer.name}: expected a state of arrays in NamedTuples, found one "
+                         f"that cannot be saved: {error}") from error
+  restored = flax.serialization.from_bytes(init_state(balancer, 3, normal(3)), saved)
+  _assert_same(restored, first[2], f"{balancer.name}: the restored state")
+  straight, resumed = first[2], restored
+  for step in (1, 2):
+    *expected, straight = _advance(balancer, 3, step, straight)
+    *found, resumed = _advance(balancer, 3, step, resumed)
+    _assert_same((found, resumed), (expected, straight),
+                 f"{balancer.name}: {step} steps after its state was restored")
+
+
+def check_hyperparameters(factory: Callable[..., Balancer],
+                          values: Mapping[str, Sequence[Any]]) -> None:
+  """A search over hyperparameters is one vmap: arrays of values equal one method a value.
+
+  Args:
+    factory: a method's factory, which takes these arguments by name.
+    values: for each argument the values that it takes, each a number or, for three tasks, one a
+      task; as many for every argument, which change together.
+
+  Raises:
+    AssertionError: where the batch differs from one after the other.
+
+  >>> from mtl_jax import balancing
+  >>> check_hyperparameters(balancing.fixed, {"weights": [(1., 2., 3.), (0., 1., .5)]})
+  """
+  columns = {name: jnp.asarray(column) for name, column in values.items()}
+  jacobian = normal(3)
+
+  def advance(hyperparameters: Any, state: Any, inputs: Any) -> tuple[Any, Any, Any]:
+    balancer = factory(**hyperparameters)
+    weights, direction, state = _decide(balancer, state=state, **inputs)
+    if balancer.after_step:
+      state = balancer.after_step(inputs["losses"] * 0.9, inputs["active"], state)
+    return weights, direction, state
+
+  program = jax.jit(jax.vmap(advance, in_axes=(0, 0, None)))
+  states = jax.vmap(lambda chosen: init_state(factory(**chosen), 3, jacobian),
+                    axis_size=len(next(iter(columns.values()))))(columns)
+  together = []
+  for step in range(2):
+    *decisions, states = program(columns, states, _inputs(3, step))
+    together.append((*decisions, states))
+  for index, one_each in enumerate(zip(*values.values(), strict=True)):
+    chosen = dict(zip(values, one_each))
+    balancer, state = factory(**chosen), None
+    for step, batch in enumerate(together):
+      alone = _advance(balancer, 3, step, state)
+      state = alone[2]
+      _assert_close(jax.tree.map(lambda leaf, index=index: leaf[index], batch), alone,
+                    f"{balancer.name}: vmap over hyperparameters, step {step}, at {chosen}",
+                    rtol=1e-4, atol=1e-5)
+
+
 def check_dtypes(balancer: Balancer) -> None:
   """Low-precision gradients are decided upon in float32, float64 ones in float64.
 
@@ -337,21 +438,25 @@ def check_sharding(balancer: Balancer) -> None:
 
 
 def check_balancer(factory: Callable[[int], Balancer], *, claims: Sequence[str] = (),
-                   task_counts: Sequence[int] = TASK_COUNTS) -> None:
+                   task_counts: Sequence[int] = TASK_COUNTS,
+                   hyperparameters: Mapping[str, Sequence[Any]] | None = None) -> None:
   """Runs the whole contract, and the claimed properties, on a method.
 
   Args:
     factory: `factory(num_tasks) -> Balancer`.
     claims: names of `PROPERTIES`.
     task_counts: numbers of tasks for the hard cases; the properties take 2 and 5.
+    hyperparameters: values, two or more of each, for arguments that `factory` also takes by name
+      and that a search may vary; see `check_hyperparameters`.
 
   Raises:
     AssertionError: with a sentence on what was broken.
     ValueError: for a claim that is not in `PROPERTIES`.
 
   >>> from mtl_jax import balancing
-  >>> check_balancer(lambda num_tasks: balancing.equal(), claims=["scale_equivariant"],
-  ...                task_counts=(2,))
+  >>> check_balancer(lambda num_tasks, weight=1.: balancing.fixed((weight,) * num_tasks),
+  ...                claims=["scale_equivariant"], task_counts=(2,),
+  ...                hyperparameters={"weight": (1., 2.)})
   """
   unknown = set(claims) - set(PROPERTIES)
   if unknown:
@@ -364,6 +469,9 @@ def check_balancer(factory: Callable[[int], Balancer], *, claims: Sequence[str] 
   check_batches(balancers(3))
   check_dtypes(balancers(3))
   check_sharding(balancers(2))
+  check_resumes(balancers(3))
+  if hyperparameters:
+    check_hyperparameters(functools.partial(factory, 3), hyperparameters)
   for num_tasks in task_counts:
     check_hard_cases(balancers(num_tasks), num_tasks)
   for claim in claims:

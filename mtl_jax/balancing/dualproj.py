@@ -1,13 +1,10 @@
 """DualProj: the mean gradient, projected onto what conflicts with no task."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import hyperparameters, solvers
-from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
-from mtl_jax.balancing.preference import of_active
+from mtl_jax.balancing import dual_cone, solvers
+from mtl_jax.balancing.balancer import Balancer
 
 
 def dualproj(preference: jax.Array | None = None,
@@ -45,30 +42,10 @@ def dualproj(preference: jax.Array | None = None,
     TorchJD adds 1e-4 of the trace of `G` to its diagonal, which shows in the third digit; here
     nothing is added unless asked for.
   """
-  hyperparameters.check_numbers(
-      "dualproj", "preference", () if preference is None else preference,
-      "one share a task, none negative", lambda array: array.ndim == 1 and (array >= 0).all())
-  hyperparameters.check_numbers("dualproj", "regularization", regularization,
-                                "a number not below 0",
-                                lambda array: array.ndim == 0 and array >= 0)
-
-  def init(num_tasks: int) -> tuple:
-    if preference is not None:
-      hyperparameters.check_length("dualproj", "preference", preference, num_tasks)
-    return no_state(num_tasks)
-
-  def update(signals: Signals, state: Any) -> tuple[Decision, Any]:
-    gramian, active = signals.gramian, signals.active
-    shares = of_active(preference, active, gramian.dtype)
-    cosines, norms = solvers.unit_rows(
-        solvers.regularized(gramian, active, regularization), active)
-    live = norms > 0
-    start = shares * norms
+  def project(cosines: jax.Array, start: jax.Array, live: jax.Array) -> jax.Array:
     largest = jnp.max(start)
     largest = jnp.where(largest > 0, largest, 1)
     start /= largest
-    added = largest * (solvers.cone_projection(cosines, start, live) - start)
-    return Decision(shares + jnp.where(live, added / jnp.where(live, norms, 1), 0)), state
+    return largest * (solvers.cone_projection(cosines, start, live) - start)
 
-  return Balancer("dualproj", init, update, frozenset({"gramian"}),
-                  scale="mean" if preference is None else "own")
+  return dual_cone.balancer("dualproj", preference, regularization, project)

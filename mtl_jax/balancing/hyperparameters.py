@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -45,7 +46,7 @@ def check_numbers(method: str, argument: str, value: Any, expected: str,
 
 def check_length(method: str, argument: str, value: Any, num_tasks: int) -> None:
   """Raises if `value` is neither a scalar nor one number a task."""
-  shape = np.shape(value)
+  shape = jnp.asarray(value).shape  # which takes sequences of traced numbers too
   if shape not in ((), (num_tasks,)):
     raise mistake(method, argument, f"one number for each of the {num_tasks} tasks", value)
 

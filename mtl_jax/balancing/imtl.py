@@ -1,25 +1,12 @@
 """IMTL: losses learn their scale, and gradients meet in an impartial direction."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.balancing import masked, solvers, trained
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals
 from mtl_jax.balancing.imtl_g import impartial_weights
-
-
-class ImtlState(NamedTuple):
-  """What the tasks have learned of the size of their losses.
-
-  Attributes:
-    log_scale: [T] s, the logarithm of each loss's scale.
-    adam: Adam's moments and step counts, one a task: every leaf is [T].
-  """
-
-  log_scale: jax.Array
-  adam: Any
+from mtl_jax.balancing.trained import TrainedState
 
 
 def imtl(learning_rate: float | jax.Array = 0.025) -> Balancer:
@@ -34,8 +21,8 @@ def imtl(learning_rate: float | jax.Array = 0.025) -> Balancer:
     learning_rate: of the Adam that moves `s`, which starts at 0; above 0.
 
   Returns:
-    A balancer that needs the Gramian and looks at the losses. Its state is [T] arrays; a task
-    that is not active keeps its own. If all gradients are zero, `w_i = exp(s_i)` over the number
+    A balancer that needs the Gramian and looks at the losses. The `values` of its state are `s`;
+    a task that is not active keeps its own. If all gradients are zero, `w_i = exp(s_i)` over the number
     of active tasks.
 
   >>> import jax.numpy as jnp
@@ -44,7 +31,7 @@ def imtl(learning_rate: float | jax.Array = 0.025) -> Balancer:
   >>> d, state = balancing.aggregate(imtl(), J, losses=jnp.array([2., 0.5]))
   >>> [round(float(x), 4) for x in d]
   [0.0767, 1.0, 1.0]
-  >>> [round(float(s), 3) for s in state.log_scale]
+  >>> [round(float(s), 3) for s in state.values]
   [-0.025, 0.025]
 
   Reference:
@@ -60,18 +47,15 @@ def imtl(learning_rate: float | jax.Array = 0.025) -> Balancer:
   """
   trained.check_rate("imtl", "learning_rate", learning_rate)
 
-  def init(num_tasks: int) -> ImtlState:
-    log_scale = jnp.zeros(num_tasks, float)
-    return ImtlState(log_scale, trained.start(log_scale))
+  def init(num_tasks: int) -> TrainedState:
+    return trained.start_state(jnp.zeros(num_tasks, float))
 
-  def update(signals: Signals, state: ImtlState) -> tuple[Decision, ImtlState]:
-    active, log_scale = signals.active, state.log_scale
-    losses = masked.losses_of(signals.losses, active, log_scale.dtype)
+  def update(signals: Signals, state: TrainedState) -> tuple[Decision, TrainedState]:
+    active, scales = signals.active, jnp.exp(state.values)
+    losses = masked.losses_of(signals.losses, active, scales.dtype)
     cosines, norms = solvers.unit_rows(signals.gramian, active)
-    scales = jnp.exp(log_scale)
     weights = impartial_weights(cosines, norms * scales.astype(norms.dtype), active)
     weights *= scales.astype(norms.dtype)
-    stepped = trained.descend(log_scale, state.adam, losses * scales - 1, learning_rate)
-    return Decision(weights), masked.keep(active, ImtlState(*stepped), state)
+    return Decision(weights), trained.step(state, losses * scales - 1, learning_rate, active)
 
   return Balancer("imtl", init, update, frozenset({"gramian"}), scale="own")

@@ -1,24 +1,10 @@
 """IMTL-L: losses of one size, by a learned scale a task."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import masked, trained
-from mtl_jax.balancing.balancer import Balancer, Decision, Signals
-
-
-class ImtlLState(NamedTuple):
-  """What the tasks have learned of their scale.
-
-  Attributes:
-    log_scale: [T] s, the logarithm of the weight.
-    adam: Adam's moments and step counts, one a task: every leaf is [T].
-  """
-
-  log_scale: jax.Array
-  adam: Any
+from mtl_jax.balancing import trained
+from mtl_jax.balancing.balancer import Balancer
 
 
 def imtl_l(init: float | jax.Array = 0.0, learning_rate: float | jax.Array = 0.025) -> Balancer:
@@ -33,8 +19,8 @@ def imtl_l(init: float | jax.Array = 0.0, learning_rate: float | jax.Array = 0.0
     learning_rate: of the Adam that moves `s`; above 0.
 
   Returns:
-    A balancer that needs the losses only; one backward pass. Its state is [T] arrays; a task
-    that is not active keeps its own.
+    A balancer that needs the losses only; one backward pass. The `values` of its state are
+    `s`; a task that is not active keeps its own.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import balancing
@@ -42,7 +28,7 @@ def imtl_l(init: float | jax.Array = 0.0, learning_rate: float | jax.Array = 0.0
   >>> d, state = balancing.aggregate(imtl_l(), J, losses=jnp.array([2., 0.5]))
   >>> d.tolist()
   [2.0, 2.0, 2.0]
-  >>> [round(float(s), 3) for s in state.log_scale]
+  >>> [round(float(s), 3) for s in state.values]
   [-0.025, 0.025]
 
   Reference:
@@ -54,19 +40,7 @@ def imtl_l(init: float | jax.Array = 0.0, learning_rate: float | jax.Array = 0.0
     balance, and trains `s` with the network's optimizer. Here `s` has its own Adam and no decay.
     It is twice `uncertainty` with `s` negated. The bound on `s` is ours.
   """
-  trained.check("imtl_l", init, learning_rate)
-
-  def init_state(num_tasks: int) -> ImtlLState:
-    log_scale = jnp.full(num_tasks, init, dtype=float)
-    return ImtlLState(log_scale, trained.start(log_scale))
-
-  def update(signals: Signals, state: ImtlLState) -> tuple[Decision, ImtlLState]:
-    log_scale = state.log_scale
-    losses = masked.losses_of(signals.losses, signals.active, log_scale.dtype)
-    weights = jnp.exp(log_scale)
-    stepped = trained.descend(log_scale, state.adam, weights * losses - 1, learning_rate)
-    state = masked.keep(signals.active, ImtlLState(*stepped), state)
-    return Decision(jnp.where(signals.active, weights, 0)), state
-
-  return Balancer("imtl_l", init_state, update, frozenset({"losses"}), scale_heads=True,
-                  scale="own")
+  return trained.balancer(
+      "imtl_l", init, learning_rate,
+      weights=jnp.exp,
+      gradient=lambda s, losses: jnp.exp(s) * losses - 1)

@@ -11,7 +11,8 @@ from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
 DISTANCES = ("squared", "plain")
 
 
-def krum(byzantine: int = 1, selected: int = 1, distance: str = "squared") -> Balancer:
+def krum(byzantine: int | jax.Array = 1, selected: int | jax.Array = 1,
+         distance: str = "squared") -> Balancer:
   """Averages the gradients that are closest to the others, so that a few may be anything.
 
   The rule: among n active tasks the score of one is the sum of the (squared) distances to its

@@ -1,24 +1,10 @@
 """Revised uncertainty weighting: a regulariser that cannot turn negative."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import masked, trained
-from mtl_jax.balancing.balancer import Balancer, Decision, Signals
-
-
-class RevisedUncertaintyState(NamedTuple):
-  """What the tasks have learned of their noise.
-
-  Attributes:
-    log_variance: [T] s = log c².
-    adam: Adam's moments and step counts, one a task: every leaf is [T].
-  """
-
-  log_variance: jax.Array
-  adam: Any
+from mtl_jax.balancing import trained
+from mtl_jax.balancing.balancer import Balancer
 
 
 def revised_uncertainty(init: float | jax.Array = 0.0,
@@ -34,8 +20,8 @@ def revised_uncertainty(init: float | jax.Array = 0.0,
     learning_rate: of the Adam that moves `s`; above 0.
 
   Returns:
-    A balancer that needs the losses only; one backward pass. Its state is [T] arrays; a task
-    that is not active keeps its own.
+    A balancer that needs the losses only; one backward pass. The `values` of its state are
+    `s`; a task that is not active keeps its own.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import balancing
@@ -43,7 +29,7 @@ def revised_uncertainty(init: float | jax.Array = 0.0,
   >>> d, state = balancing.aggregate(revised_uncertainty(), J, losses=jnp.array([2., 0.5]))
   >>> d.tolist()
   [1.0, 1.0, 1.0]
-  >>> [round(float(s), 3) for s in state.log_variance]
+  >>> [round(float(s), 3) for s in state.values]
   [0.025, -0.025]
 
   Reference:
@@ -54,21 +40,7 @@ def revised_uncertainty(init: float | jax.Array = 0.0,
     learn its logarithm, as `uncertainty` does, which has the same minima. `c` starts at 1, with
     its own learning rate. The bound on `s` is ours.
   """
-  trained.check("revised_uncertainty", init, learning_rate)
-
-  def init_state(num_tasks: int) -> RevisedUncertaintyState:
-    log_variance = jnp.full(num_tasks, init, dtype=float)
-    return RevisedUncertaintyState(log_variance, trained.start(log_variance))
-
-  def update(signals: Signals,
-             state: RevisedUncertaintyState) -> tuple[Decision, RevisedUncertaintyState]:
-    log_variance = state.log_variance
-    losses = masked.losses_of(signals.losses, signals.active, log_variance.dtype)
-    weights = 0.5 * jnp.exp(-log_variance)
-    gradient = jax.nn.sigmoid(log_variance) - losses * weights
-    stepped = trained.descend(log_variance, state.adam, gradient, learning_rate)
-    state = masked.keep(signals.active, RevisedUncertaintyState(*stepped), state)
-    return Decision(jnp.where(signals.active, weights, 0)), state
-
-  return Balancer("revised_uncertainty", init_state, update, frozenset({"losses"}),
-                  scale_heads=True, scale="own")
+  return trained.balancer(
+      "revised_uncertainty", init, learning_rate,
+      weights=lambda s: 0.5 * jnp.exp(-s),
+      gradient=lambda s, losses: jax.nn.sigmoid(s) - 0.5 * losses * jnp.exp(-s))

@@ -1,24 +1,10 @@
 """Uncertainty weighting: each task learns how noisy it is."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import masked, trained
-from mtl_jax.balancing.balancer import Balancer, Decision, Signals
-
-
-class UncertaintyState(NamedTuple):
-  """What the tasks have learned of their noise.
-
-  Attributes:
-    log_variance: [T] s = log σ².
-    adam: Adam's moments and step counts, one a task: every leaf is [T].
-  """
-
-  log_variance: jax.Array
-  adam: Any
+from mtl_jax.balancing import trained
+from mtl_jax.balancing.balancer import Balancer
 
 
 def uncertainty(init: float | jax.Array = 0.0,
@@ -34,8 +20,8 @@ def uncertainty(init: float | jax.Array = 0.0,
     learning_rate: of the Adam that moves `s`; above 0.
 
   Returns:
-    A balancer that needs the losses only; one backward pass. Its state is [T] arrays; a task
-    that is not active keeps its own.
+    A balancer that needs the losses only; one backward pass. The `values` of its state are
+    `s`; a task that is not active keeps its own.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import balancing
@@ -43,7 +29,7 @@ def uncertainty(init: float | jax.Array = 0.0,
   >>> d, state = balancing.aggregate(uncertainty(), J, losses=jnp.array([2., 0.5]))
   >>> d.tolist()
   [1.0, 1.0, 1.0]
-  >>> [round(float(s), 3) for s in state.log_variance]
+  >>> [round(float(s), 3) for s in state.values]
   [0.025, -0.025]
 
   Reference:
@@ -56,20 +42,7 @@ def uncertainty(init: float | jax.Array = 0.0,
     `s` with the network's optimizer and weight decay; here, as in nash-mtl, `s` starts at 0 with
     its own learning rate, and nothing decays it. The bound on `s` is ours.
   """
-  trained.check("uncertainty", init, learning_rate)
-
-  def init_state(num_tasks: int) -> UncertaintyState:
-    log_variance = jnp.full(num_tasks, init, dtype=float)
-    return UncertaintyState(log_variance, trained.start(log_variance))
-
-  def update(signals: Signals, state: UncertaintyState) -> tuple[Decision, UncertaintyState]:
-    log_variance = state.log_variance
-    losses = masked.losses_of(signals.losses, signals.active, log_variance.dtype)
-    precision = jnp.exp(-log_variance)
-    gradient = 0.5 * (1 - losses * precision)
-    stepped = trained.descend(log_variance, state.adam, gradient, learning_rate)
-    state = masked.keep(signals.active, UncertaintyState(*stepped), state)
-    return Decision(jnp.where(signals.active, 0.5 * precision, 0)), state
-
-  return Balancer("uncertainty", init_state, update, frozenset({"losses"}), scale_heads=True,
-                  scale="own")
+  return trained.balancer(
+      "uncertainty", init, learning_rate,
+      weights=lambda s: 0.5 * jnp.exp(-s),
+      gradient=lambda s, losses: 0.5 * (1 - losses * jnp.exp(-s)))

@@ -1,13 +1,10 @@
 """UPGrad: each gradient is projected onto what conflicts with no task, then they are summed."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import hyperparameters, solvers
-from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
-from mtl_jax.balancing.preference import of_active
+from mtl_jax.balancing import dual_cone, solvers
+from mtl_jax.balancing.balancer import Balancer
 
 
 def upgrad(preference: jax.Array | None = None,
@@ -45,27 +42,9 @@ def upgrad(preference: jax.Array | None = None,
     is added unless asked for, and one interior point solves all T programs as a batch on the
     device. With two tasks and equal shares `d` is half of what `pcgrad` sums to.
   """
-  hyperparameters.check_numbers(
-      "upgrad", "preference", () if preference is None else preference,
-      "one share a task, none negative", lambda array: array.ndim == 1 and (array >= 0).all())
-  hyperparameters.check_numbers("upgrad", "regularization", regularization, "a number not below 0",
-                                lambda array: array.ndim == 0 and array >= 0)
-
-  def init(num_tasks: int) -> tuple:
-    if preference is not None:
-      hyperparameters.check_length("upgrad", "preference", preference, num_tasks)
-    return no_state(num_tasks)
-
-  def update(signals: Signals, state: Any) -> tuple[Decision, Any]:
-    gramian, active = signals.gramian, signals.active
-    shares = of_active(preference, active, gramian.dtype)
-    cosines, norms = solvers.unit_rows(
-        solvers.regularized(gramian, active, regularization), active)
-    live = norms > 0
-    rows = jnp.eye(len(norms), dtype=norms.dtype)
+  def project(cosines: jax.Array, start: jax.Array, live: jax.Array) -> jax.Array:
+    rows = jnp.eye(len(start), dtype=start.dtype)
     projected = jax.vmap(solvers.cone_projection, (None, 0, None))(cosines, rows, live)
-    added = jnp.sum((shares * norms)[:, None] * (projected - rows), axis=0)
-    return Decision(shares + jnp.where(live, added / jnp.where(live, norms, 1), 0)), state
+    return jnp.sum(start[:, None] * (projected - rows), axis=0)
 
-  return Balancer("upgrad", init, update, frozenset({"gramian"}),
-                  scale="mean" if preference is None else "own")
+  return dual_cone.balancer("upgrad", preference, regularization, project)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 import functools
+import inspect
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,7 @@ class Row(NamedTuple):
     settled: False where the update with all tasks but one absent may differ from that of fewer
       tasks, because the method's constants depend on T.
     claims: names of `mtl_jax.testing.PROPERTIES` that the method has.
+    unsearched: arguments that do not go with the row's others.
   """
 
   name: str
@@ -30,11 +33,40 @@ class Row(NamedTuple):
   signed: bool = False
   settled: bool = True
   claims: tuple[str, ...] = ()
+  unsearched: tuple[str, ...] = ()
 
   @functools.cache
   def build(self, num_tasks: int) -> balancing.Balancer:
     """The same method at every call, so that all tests share its compiled program."""
     return balancing.get(self.name, **self.kwargs(num_tasks))
+
+  def search(self) -> dict[str, tuple[Any, Any]]:
+    """Two values for every argument that may be an array, the first as in the row."""
+    given = self.kwargs(3)
+    return {parameter.name: two_values(parameter, given)
+            for parameter in inspect.signature(balancing.METHODS[self.name]).parameters.values()
+            if may_be_array(parameter) and parameter.name not in self.unsearched}
+
+  def searched(self, num_tasks: int, **chosen) -> balancing.Balancer:
+    """The method as in the row, but for what is chosen."""
+    return balancing.get(self.name, **{**self.kwargs(num_tasks), **chosen})
+
+
+def may_be_array(parameter: inspect.Parameter) -> bool:
+  return jax.Array in typing.get_args(parameter.annotation) or parameter.annotation is jax.Array
+
+
+def two_values(parameter: inspect.Parameter, given: dict[str, Any]) -> tuple[Any, Any]:
+  """An argument's value in a row, and another one; both made up where there is none."""
+  value = given.get(parameter.name, parameter.default)
+  if value is None:
+    takes_number = float in typing.get_args(parameter.annotation)
+    return (0.5, 0.9) if takes_number else ((0.2, 0.5, 1.0), (1.0, 0.25, 0.5))
+  if isinstance(value, int):
+    return value, value + 1
+  if isinstance(value, float):
+    return value, 0.75 * value if value >= 0.1 else 0.3
+  return value, tuple(0.75 * part for part in value)
 
 
 def mean(num_tasks: int) -> float:
@@ -61,10 +93,11 @@ LOSSES = (
     Row("geometric", at_zero=mean, claims=EVEN),
     Row("scale_invariant"),
     Row("imtl_l"),
-    Row("stch", at_zero=lambda num_tasks: num_tasks**-2),
+    Row("stch", at_zero=lambda num_tasks: num_tasks**-2, unsearched=("warmup",)),
     Row("stch", lambda num_tasks: {"weights": (0.5,) * num_tasks, "ideal": 0.1},
-        lambda num_tasks: 0.5 / num_tasks),
-    Row("stch", lambda num_tasks: {"warmup": 0, "nadir_steps": 1}),
+        lambda num_tasks: 0.5 / num_tasks, unsearched=("warmup",)),
+    Row("stch", lambda num_tasks: {"warmup": 0, "nadir_steps": 1},
+        unsearched=("weights", "ideal")),
     Row("tchebycheff", at_zero=lambda num_tasks: num_tasks**-2),
     Row("pbi", at_zero=lambda num_tasks: num_tasks**-0.5, signed=True),
     Row("cosmos", at_zero=mean, signed=True),
@@ -112,7 +145,8 @@ GRAMIAN = (
     Row("pcd", at_zero=mean),
     Row("pcd", lambda num_tasks: {"threshold": (0.5,) * num_tasks, "decay": 0.9}, mean),
     Row("nash_mtl", at_zero=mean, claims=(*SAFE, "scale_invariant")),
-    Row("nash_mtl", lambda num_tasks: {"max_norm": None}, mean, claims=(*SAFE, "scale_invariant")),
+    Row("nash_mtl", lambda num_tasks: {"max_norm": None}, mean, claims=(*SAFE, "scale_invariant"),
+        unsearched=("max_norm",)),
     Row("fairgrad", at_zero=mean, claims=SAFE),
     Row("fairgrad", lambda num_tasks: {"alpha": 0.5}, mean, claims=SAFE),
     Row("pivrg", lambda num_tasks: {"scores": tuple(range(num_tasks))}, mean, settled=False,

@@ -1,23 +1,34 @@
 """One table of all balancing methods, and what each of them must keep."""
 
+import dataclasses
+import functools
+import inspect
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mtl_jax import balancing, testing
+from mtl_jax.balancing.balancer import init_state
 from tests.balancing.rows import ROWS
 
 NO_METHODS = {
-    "__init__", "balancer", "hyperparameters", "masked", "preference", "solvers", "trained",
-    "wrappers",
+    "__init__", "balancer", "dual_cone", "hyperparameters", "masked", "preference", "solvers",
+    "trained", "wrappers",
 }
 SLOW = pytest.mark.slow
 IDS = [f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-") for row in ROWS]
-WHOLE_LOSSES = {"gradnorm", "excess_mtl", "forum"}  # look at gradients, and weigh the heads all the same
+# Arguments that no search varies: words, and numbers that fix shapes or choose a program.
+STRUCTURAL = {"distance", "distribution", "form", "groups", "inner_steps", "iterations", "length",
+              "normalization", "rescale", "scale", "simplex", "start"}
+# Methods with programs whose compilation takes long, and that `fairgrad` stands for in a search.
+ALIKE = {"cagrad", "dualproj", "gradvac", "nash_mtl", "pcd", "pivrg", "upgrad"}
+# They look at gradients, and weigh the heads all the same.
+WHOLE_LOSSES = {"gradnorm", "excess_mtl", "forum"}
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
 FIRST = {row.name: row for row in reversed(ROWS)}  # the first row of each method
@@ -177,25 +188,62 @@ def test_mistakes_are_named(build, sentence):
   assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize("factory, values", [
-    (balancing.fixed, [[1.0, 2.0, 3.0], [0.0, 1.0, 0.5]]),
-    (lambda init: balancing.uncertainty(init=init), [0.0, -0.5]),
-    (lambda rate: balancing.uncertainty(learning_rate=rate), [0.1, 0.01]),
-    (lambda leak: balancing.graddrop(leak=leak), [0.0, 0.5]),
-    (lambda leak: balancing.graddrop(leak=leak), [[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]),
-], ids=["fixed", "uncertainty-init", "uncertainty-rate", "graddrop", "graddrop-each"])
-def test_hyperparameters_batch(factory, values):
-  """A search over hyperparameters is one vmap, equal to the loop."""
-  jacobian = jnp.asarray(testing.normal(3))
+@every_row
+def test_a_saved_and_restored_state_goes_on_bit_for_bit(row):
+  testing.check_resumes(row.build(3))
 
-  def outcome(value):
-    balancer = factory(value)
-    state = balancer.init(3)
-    for _ in range(2):
-      d, state = balancing.aggregate(balancer, jacobian, losses=jnp.array([3.0, 1.0, 0.2]),
-                                     state=state)
-    return d, state
 
-  together = jax.vmap(outcome)(jnp.asarray(values))
-  for index, value in enumerate(values):
-    same(jax.tree.map(lambda x, i=index: x[i], together), outcome(value), rtol=1e-5, atol=1e-6)
+def test_all_states_go_through_one_checkpoint(tmp_path):
+  """Each as it is after a step; what comes back has the same types, shapes, dtypes and bits."""
+  states = {str(index): testing.decider(row.build(3), 3)(testing.normal(3))[2]
+            for index, row in enumerate(ROWS)}
+  fresh = {str(index): init_state(row.build(3), 3, jnp.asarray(testing.normal(3)))
+           for index, row in enumerate(ROWS)}
+  with ocp.CheckpointManager(tmp_path) as manager:
+    manager.save(0, args=ocp.args.StandardSave(states))
+    restored = manager.restore(0, args=ocp.args.StandardRestore(fresh))
+  assert jax.tree.structure(restored) == jax.tree.structure(states)
+  for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(states), strict=True):
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+
+
+def test_a_search_varies_all_but_what_is_structural():
+  for name, factory in balancing.METHODS.items():
+    searched = {argument for row in ROWS if row.name == name for argument in row.search()}
+    assert set(inspect.signature(factory).parameters) - searched <= STRUCTURAL, name
+    assert not searched & STRUCTURAL, name
+
+
+@pytest.mark.parametrize("row", [
+    pytest.param(row, id=name, marks=() if row is FIRST[row.name] and row.name not in ALIKE
+                 else SLOW)
+    for name, row in zip(IDS, ROWS) if row.search()])
+def test_a_search_over_hyperparameters_is_one_vmap(row):
+  testing.check_hyperparameters(functools.partial(row.searched, 3), row.search())
+
+
+def test_a_search_over_wrappers_is_one_vmap():
+  testing.check_hyperparameters(functools.partial(balancing.get, "ntkmtl"),
+                                {"smoothed": (0.0, 0.9), "max_norm": (0.1, 1.0)})
+
+
+def test_a_method_that_takes_arrays_for_something_else_is_caught():
+  def factory(weight):
+    return balancing.fixed((1.0, 1.0, weight if isinstance(weight, float) else 0.5))
+  with pytest.raises(AssertionError, match="vmap over hyperparameters, step 0, at {'weight': 2.0}"):
+    testing.check_hyperparameters(factory, {"weight": (0.5, 2.0)})
+
+
+def test_a_state_that_cannot_be_saved_is_caught():
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass
+  class Memory:
+    count: jax.Array
+
+  balancer = balancing.Balancer(
+      "private", lambda num_tasks: Memory(jnp.int32(0)),
+      lambda signals, state: (balancing.Decision(jnp.ones(3)), Memory(state.count + 1)),
+      frozenset({"losses"}))
+  with pytest.raises(AssertionError, match="private: expected a state of arrays in NamedTuples"):
+    testing.check_resumes(balancer)

@@ -145,7 +145,7 @@ def test_uncertainty_follows_adam():
     second = np.where(active, 0.999 * second + 0.001 * gradient**2, second)
     move = (first / (1 - 0.9**count)) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
     s = np.where(active, s - rate * move, s)
-    np.testing.assert_allclose(state.log_variance, s, rtol=1e-4)
+    np.testing.assert_allclose(state.values, s, rtol=1e-4)
 
 
 def test_uncertainty_rests_at_half_the_inverse_loss():
@@ -162,5 +162,5 @@ def test_uncertainty_stays_finite_where_a_loss_stays_zero():
   signals = balancing.Signals(jnp.zeros(1), jnp.ones(1, bool), jax.random.key(0))
   state = jax.lax.fori_loop(0, 200, lambda _, s: balancer.update(signals, s)[1],
                             balancer.init(1))
-  assert state.log_variance[0] == -30
+  assert state.values[0] == -30
   assert np.isfinite(balancer.update(signals, state)[0].weights).all()

@@ -177,7 +177,7 @@ def test_imtl_learns_scales():
   scaled = N3 * np.exp([-0.1, 0.1, 0])  # Adam's first step is its rate
   np.testing.assert_allclose(directions[1], Y3 @ U3 / (Y3 / scaled).sum(), rtol=1e-5, atol=1e-6)
   _, _, state = run(balancing.imtl(learning_rate=0.1), [J3] * 200, [losses] * 200)
-  np.testing.assert_allclose(np.exp(state.log_scale), 1 / losses, rtol=0.02)
+  np.testing.assert_allclose(np.exp(state.values), 1 / losses, rtol=0.02)
 
 
 def test_gradnorm_gradient():
