@@ -1,27 +1,15 @@
 """Auto-Lambda: weights that make held-out losses fall after a step that was tried out."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.balancing import hyperparameters, masked, trained
 from mtl_jax.balancing.balancer import Balancer, Decision, Lookahead, Signals
+from mtl_jax.balancing.trained import TrainedState
 
 FORMS = ("raw", "softmax")
-
-
-class AutoLambdaState(NamedTuple):
-  """What the tasks have learned of their weights.
-
-  Attributes:
-    values: [T] the weights, or their logits.
-    adam: Adam's moments and step counts, one a task: every leaf is [T].
-  """
-
-  values: jax.Array
-  adam: Any
 
 
 def auto_lambda(form: str = "raw", init: float | jax.Array = 0.1,
@@ -45,7 +33,8 @@ def auto_lambda(form: str = "raw", init: float | jax.Array = 0.1,
   Returns:
     A balancer that needs a look-ahead: it cuts the batch in two, and adds to the step one more
     backward and one forward-mode pass on the first half and a forward and backward pass on the
-    second. Its state is [T] arrays; a task that is not active keeps its own.
+    second. Its state holds the weights, or their logits, [T]; a task that is not active keeps its
+    own.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import balancing
@@ -72,11 +61,10 @@ def auto_lambda(form: str = "raw", init: float | jax.Array = 0.1,
         "auto_lambda", "primary", primary, "one weight a task, none negative, not all zero",
         lambda array: array.ndim == 1 and (array >= 0).all() and array.any())
 
-  def init_state(num_tasks: int) -> AutoLambdaState:
+  def init_state(num_tasks: int) -> TrainedState:
     if primary is not None:
       hyperparameters.check_length("auto_lambda", "primary", primary, num_tasks)
-    values = jnp.full(num_tasks, init, float)
-    return AutoLambdaState(values, trained.start(values))
+    return trained.start_state(jnp.full(num_tasks, init, float))
 
   def weights_of(values: jax.Array, active: jax.Array) -> jax.Array:
     return masked.softmax(values, active) if form == "softmax" else jnp.where(active, values, 0)
@@ -85,15 +73,14 @@ def auto_lambda(form: str = "raw", init: float | jax.Array = 0.1,
     shares = jnp.ones(num_tasks, float) if primary is None else jnp.asarray(primary, float)
     return shares[None]
 
-  def update(signals: Signals, state: AutoLambdaState) -> tuple[Decision, AutoLambdaState]:
+  def update(signals: Signals, state: TrainedState) -> tuple[Decision, TrainedState]:
     values, active = state.values, signals.active
     slopes = jnp.where(active, signals.ahead.slopes[0], 0).astype(values.dtype)
     gradient = -jnp.asarray(inner_learning_rate, values.dtype) * slopes
     if form == "softmax":
       weights = weights_of(values, active)
       gradient = weights * (gradient - jnp.sum(weights * gradient))
-    stepped = trained.descend(values, state.adam, gradient, learning_rate)
-    state = masked.keep(active, AutoLambdaState(*stepped), state)
+    state = trained.step(state, gradient, learning_rate, active)
     return Decision(weights_of(state.values, active)), state
 
   return Balancer(

@@ -1,7 +1,5 @@
 """MOML: the weights are learned by multiple-gradient descent over the held-out losses."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -9,18 +7,7 @@ from mtl_jax.balancing import hyperparameters, masked, trained
 from mtl_jax.balancing.balancer import (Balancer, Decision, Lookahead, Signals, combine,
                                         gramian_of)
 from mtl_jax.balancing.mgda import NORMALIZATIONS, mgda
-
-
-class MomlState(NamedTuple):
-  """What the tasks have learned of their weights.
-
-  Attributes:
-    logits: [T] of the weights.
-    adam: Adam's moments and step counts, one a task: every leaf is [T].
-  """
-
-  logits: jax.Array
-  adam: Any
+from mtl_jax.balancing.trained import TrainedState
 
 
 def moml(learning_rate: float | jax.Array = 1e-3, inner_learning_rate: float | jax.Array = 0.1,
@@ -46,7 +33,7 @@ def moml(learning_rate: float | jax.Array = 1e-3, inner_learning_rate: float | j
   >>> from mtl_jax import balancing
   >>> J = jnp.array([[2., 1.], [1., 0.]])  # a step along the first helps both objectives more
   >>> d, state = balancing.aggregate(moml(learning_rate=0.1), J)
-  >>> [round(float(x), 4) for x in d], [round(float(x), 4) for x in state.logits]
+  >>> [round(float(x), 4) for x in d], [round(float(x), 4) for x in state.values]
   ([1.5498, 0.5498], [0.1, -0.1])
 
   Reference:
@@ -64,12 +51,11 @@ def moml(learning_rate: float | jax.Array = 1e-3, inner_learning_rate: float | j
   hyperparameters.check_choice("moml", "normalization", normalization, NORMALIZATIONS)
   combiner = mgda(normalization)
 
-  def init(num_tasks: int) -> MomlState:
-    logits = jnp.zeros(num_tasks, float)
-    return MomlState(logits, trained.start(logits))
+  def init(num_tasks: int) -> TrainedState:
+    return trained.start_state(jnp.zeros(num_tasks, float))
 
-  def update(signals: Signals, state: MomlState) -> tuple[Decision, MomlState]:
-    logits, active = state.logits, signals.active
+  def update(signals: Signals, state: TrainedState) -> tuple[Decision, TrainedState]:
+    logits, active = state.values, signals.active
     weights = masked.softmax(logits, active)
     slopes = masked.between(signals.ahead.slopes, active).astype(logits.dtype)
     slopes /= jnp.maximum(jnp.max(jnp.abs(slopes)), jnp.finfo(slopes.dtype).tiny)
@@ -80,12 +66,11 @@ def moml(learning_rate: float | jax.Array = 1e-3, inner_learning_rate: float | j
     gradient = combine(rows, decision.weights)
     length = jnp.sum(jnp.abs(decision.weights) * jnp.sqrt(jnp.diagonal(products)))
     gradient = jnp.where(jnp.sqrt(jnp.sum(gradient * gradient)) > 1e-3 * length, gradient, 0)
-    stepped = trained.descend(logits, state.adam, gradient, learning_rate)
-    state = masked.keep(active, MomlState(*stepped), state)
-    return Decision(masked.softmax(state.logits, active)), state
+    state = trained.step(state, gradient, learning_rate, active)
+    return Decision(masked.softmax(state.values, active)), state
 
   return Balancer(
       "moml", init, update, frozenset({"losses", "lookahead"}), scale_heads=True, scale="mean",
       parts=2, lookahead=Lookahead(
-          lambda state, active: masked.softmax(state.logits, active), inner_learning_rate,
+          lambda state, active: masked.softmax(state.values, active), inner_learning_rate,
           objectives=lambda num_tasks: jnp.eye(num_tasks, dtype=float)))
