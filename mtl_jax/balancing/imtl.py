@@ -22,8 +22,8 @@ def imtl(learning_rate: float | jax.Array = 0.025) -> Balancer:
 
   Returns:
     A balancer that needs the Gramian and looks at the losses. The `values` of its state are `s`;
-    a task that is not active keeps its own. If all gradients are zero, `w_i = exp(s_i)` over the number
-    of active tasks.
+    a task that is not active keeps its own. If all gradients are zero, `w_i = exp(s_i)` over the
+    number of active tasks.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import balancing

@@ -25,8 +25,6 @@ IDS = [f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-") fo
 # Arguments that no search varies: words, and numbers that fix shapes or choose a program.
 STRUCTURAL = {"distance", "distribution", "form", "groups", "inner_steps", "iterations", "length",
               "normalization", "rescale", "scale", "simplex", "start"}
-# Methods with programs whose compilation takes long, and that `fairgrad` stands for in a search.
-ALIKE = {"cagrad", "dualproj", "gradvac", "nash_mtl", "pcd", "pivrg", "upgrad"}
 # They look at gradients, and weigh the heads all the same.
 WHOLE_LOSSES = {"gradnorm", "excess_mtl", "forum"}
 
@@ -216,7 +214,7 @@ def test_a_search_varies_all_but_what_is_structural():
 
 
 @pytest.mark.parametrize("row", [
-    pytest.param(row, id=name, marks=() if row is FIRST[row.name] and row.name not in ALIKE
+    pytest.param(row, id=name, marks=() if row is FIRST[row.name] or "warmup" in row.kwargs(3)
                  else SLOW)
     for name, row in zip(IDS, ROWS) if row.search()])
 def test_a_search_over_hyperparameters_is_one_vmap(row):

@@ -244,28 +244,6 @@ def test_opposite_gradients_leave_small_directions():
     assert np.linalg.norm(d) <= 1e-2, name
 
 
-@pytest.mark.parametrize("name, argument, values", [
-    ("cagrad", "c", [0.0, 0.4]), ("upgrad", "regularization", [0.0, 0.1]),
-    ("upgrad", "preference", [[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]]),
-    ("dualproj", "preference", [[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]]),
-    ("pcd", "threshold", [0.02, 0.3]), ("pcd", "decay", [0.0, 0.9]),
-    ("nash_mtl", "max_norm", [0.5, 2.0]), ("fairgrad", "alpha", [0.5, 2.0]),
-    ("pivrg", "scores", [[1.0, 2.0, 3.0], [0.0, 50.0, 1.0]]),
-])
-def test_hyperparameters_batch(name, argument, values):
-  """A search over hyperparameters is one vmap, equal to the loop."""
-  jacobian = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7)), jnp.float32)
-
-  def outcome(value):
-    balancer = balancing.get(name, **{argument: value})
-    _, state = balancing.aggregate(balancer, 3 * jacobian)
-    return balancing.aggregate(balancer, jacobian, state=state)[0]
-
-  together = jax.jit(jax.vmap(outcome))(jnp.asarray(values))
-  for found, value in zip(together, values):
-    np.testing.assert_allclose(found, jax.jit(outcome)(jnp.asarray(value)), rtol=1e-4, atol=1e-5)
-
-
 SHARES = "expected one share a task, none negative, found"
 
 
