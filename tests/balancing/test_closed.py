@@ -165,14 +165,16 @@ def test_trimmed_mean_is_numpy_s():
 def test_trimmed_mean_shares_what_is_kept_of_equal_values():
   """One of three fives is the median: each task counts a third of its own."""
   jacobian = jnp.array([[1.0, 0], [5, 2], [5, 0], [5, 8], [9, -1]])
-  decision, _ = balancing.trimmed_mean(2).update(testing.signals_of(jacobian), ())
+  decision, _ = balancing.trimmed_mean(2).update(
+      testing.signals_of(balancing.trimmed_mean(2), (), jacobian), ())
   np.testing.assert_allclose(decision.direction, [5, 0], rtol=1e-6)
   np.testing.assert_allclose(decision.weights, np.array([0, 25 / 29, 1, 25 / 89, 0]) / 3, rtol=1e-6)
 
 
 def test_trimmed_mean_drops_what_is_not_a_number_where_it_may():
   jacobian = jnp.array([[np.nan, 1], [2, -np.inf], [4, 2], [8, 4], [16, 3]])
-  decision, _ = balancing.trimmed_mean().update(testing.signals_of(jacobian), ())
+  decision, _ = balancing.trimmed_mean().update(
+      testing.signals_of(balancing.trimmed_mean(), (), jacobian), ())
   np.testing.assert_allclose(decision.direction, [28 / 3, 2], rtol=1e-6)
   np.testing.assert_allclose(decision.weights, [0, 0, 1 / 3, 64 / 240, 1 / 3], rtol=1e-6)
   assert not np.isfinite(direct(balancing.trimmed_mean(), jacobian.at[3, 0].set(np.nan))[0])
