@@ -14,6 +14,7 @@ ALLOWED = {
     "tasks": set(),
     "models": set(),
     "balancing": set(),
+    "testing": {"balancing"},
     "data": set(),
     "training": {"tasks", "models", "balancing", "data"},
     "experiment": {"tasks", "models", "balancing", "data", "training"},
