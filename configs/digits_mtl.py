@@ -30,7 +30,7 @@ TASKS = {
 }
 
 # At equal weights the regressions, which fall fast, starve the class.
-WEIGHTS = {"digit": 1.0, "angle": 0.1, "box": 0.3, "digits": 1.0, "count": 0.1, "mask": 1.0,
+WEIGHTS = {"digit": 1.0, "angle": 0.1, "box": 0.5, "digits": 1.0, "count": 0.1, "mask": 1.0,
            "depth": 0.3}
 
 
@@ -55,7 +55,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.sharing = {"name": "independent" if "independent" in words else "hard"}
   config.balancer = {"name": "equal"}
   config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": {"name": "cosine"}}
-  config.train = {"epochs": 10.0, "evaluate_every_epochs": 2.0}
+  config.train = {"epochs": 12.0, "evaluate_every_epochs": 3.0}
+  if many:
+    config.optimizer = {"name": "adam", "learning_rate": 2e-3, "clip_norm": 5.0,
+                        "schedule": {"name": "cosine", "warmup_steps": 100}}
+    config.train = {"epochs": 8.0, "evaluate_every_epochs": 4.0}
   return config
 
 

@@ -84,8 +84,8 @@ def _check_sizes(experiment: Experiment) -> None:
     raise UserError("config.train: expected fewer than 2**32 examples a stream, "
                     f"found {experiment.num_steps} steps of {batch_size}")
   if experiment.engine == "grain" and (config.train.steps_per_call or 1) > 1:
-    raise UserError("config.train.steps_per_call: expected 1 or None with data from the host (grain), "
-                    f"found {config.train.steps_per_call}")
+    raise UserError("config.train.steps_per_call: expected 1 or None with data from the host "
+                    f"(grain), found {config.train.steps_per_call}")
   if batch_size < balancer.parts:
     raise UserError(f"config.data.batch_size: expected at least {balancer.parts} examples, one for "
                     f"each part that {balancer.name} asks for; found {batch_size}")
@@ -102,7 +102,8 @@ def _check_labels(experiment: Experiment) -> None:
 
 
 def _balancer(config: ConfigDict, tasks: tuple[Task, ...]) -> Balancer:
-  arguments = {name: tuple(value[task.name] for task in tasks) if isinstance(value, Mapping) else value
+  of_tasks = lambda value: tuple(value[task.name] for task in tasks)
+  arguments = {name: of_tasks(value) if isinstance(value, Mapping) else value
                for name, value in config.balancer.to_dict().items()}
   balancer = sections.make("config.balancer", arguments, {
       config.balancer.name: functools.partial(balancing.get, config.balancer.name)})

@@ -17,8 +17,8 @@ from mtl_jax.training.optimizer import MASKS, OPTIMIZERS, SCHEDULES, optimizer
 from mtl_jax.training.penalties import PENALTIES
 from mtl_jax.training.task_weights import RULES
 
-SECTIONS = ("seed", "data", "tasks", "task_weights", "trunk", "sharing", "balancer", "optimizer", "penalties",
-            "train")
+SECTIONS = ("seed", "data", "tasks", "task_weights", "trunk", "sharing", "balancer", "optimizer",
+            "penalties", "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,8 @@ def _task(name: str, found: Mapping[str, Any], streams: Mapping[str, Any]) -> di
                     f"found {task['stream']!r}")
   if not found.get("head"):
     raise UserError(f"{where}.head: expected a head such as {{'name': 'linear'}}, found none")
-  task["head"] = sections.complete(f"{where}.head", found["head"], HEADS, given=("num_outputs", "size"))
+  task["head"] = sections.complete(f"{where}.head", found["head"], HEADS,
+                                   given=("num_outputs", "size"))
   sections.check_sizes(f"{where}.head", task["head"])
   return task
 

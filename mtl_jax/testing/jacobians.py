@@ -61,7 +61,8 @@ def signals_of(balancer: Balancer, state: Any, jacobian: Any, *, active: Any = N
 
 
 def decide_once(balancer: Balancer, jacobian: jax.Array, state: Any, active: jax.Array,
-            losses: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+                losses: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+  """Weights, direction and new state of one update, outside of jit."""
   decision, state = balancer.update(
       signals_of(balancer, state, jacobian, active=active, losses=losses, key=key), state)
   direction = decision.direction

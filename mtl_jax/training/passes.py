@@ -63,7 +63,8 @@ class PassOf(NamedTuple):
       variables = {"params": unflatten_dict({**shared, **owned}), **middle_state}
       outputs, new_state = apply(variables, features, method="outputs")
       losses, active = task_losses(tasks, outputs, batch)
-      return losses * self.task_weights, (active, task_metrics(tasks, outputs, batch, gathered=False), new_state)
+      metrics = task_metrics(tasks, outputs, batch, gathered=False)
+      return losses * self.task_weights, (active, metrics, new_state)
 
     features, pull, middle_state = jax.vjp(features_of, shared, owned, has_aux=True)
     losses, pull_losses, (active, metrics, new_state) = jax.vjp(

@@ -43,8 +43,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       balancer and the engine; 0 for never.
 
   Returns:
-    The next state, and logs: losses, weights, task_weights, active, finite [T]; gradient_norm and update_norm [];
-    metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the balancer saw the
+    The next state, and logs: losses, weights, task_weights, active, finite [T]; gradient_norm and
+    update_norm []; metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the balancer saw the
     Gramian or `diagnose_every` is set, gramian [T, T], NaN at steps at which it was not due. Under
     another engine than "exact", weights_error [] says how far a diagnosed step's weights are from
     those of the exact Gramian.
