@@ -186,7 +186,8 @@ def test_the_sample_says_so_everywhere(here, capsys, monkeypatch):
   record = json.loads((run / "checkpoints/2/record/metadata").read_text())
   record = json.loads(record["text"])["record"]
   assert record["data"] == {"cifar10": "sample"}
-  monkeypatch.setattr(sources, "SOURCES", {"cifar10": lambda d, download: tiny_source("cifar10")})
+  monkeypatch.setattr(sources, "SOURCES", {
+      "cifar10": lambda dir, download: tiny_source("cifar10")})
   assert_told(capsys, argv, "data.cifar10: 'sample' there, 'tiny' here")
 
 
