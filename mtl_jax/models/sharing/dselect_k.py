@@ -47,8 +47,7 @@ def selections(codes: jax.Array, experts: int, gamma: float) -> jax.Array:
   ones = jnp.broadcast_to(smooth_step(codes, gamma)[..., None, :],
                           (*codes.shape[:-1], *is_one.shape))
   shares = jnp.where(jnp.broadcast_to(is_one, ones.shape), ones, 1.0 - ones).prod(axis=-1)
-  folded = (numbers[:, None] % experts == np.arange(experts)).astype(np.float32)
-  return shares @ folded.astype(shares.dtype)
+  return shares[..., :experts].at[..., :len(numbers) - experts].add(shares[..., experts:])
 
 
 def entropy(shares: jax.Array) -> jax.Array:
@@ -87,7 +86,7 @@ class DSelectGate(nn.Module):
                        name="codes")(read).reshape(-1, self.k, bits)
       logits = nn.Dense(self.k, kernel_init=small, bias_init=small, name="logits")(read)
     picked = selections(codes.astype(jnp.float32), self.experts, self.gamma)
-    return jnp.einsum("bk,bke->be", gates.softmax_gate(logits), picked)
+    return (gates.softmax_gate(logits)[..., None] * picked).sum(axis=1)
 
 
 def _around_zero(scale: float) -> nn.initializers.Initializer:

@@ -13,8 +13,8 @@ class StageAffines(nn.Module):
   """γ and β of each channel that a stage gives, which start at one and zero.
 
   >>> import jax.numpy as jnp
-  >>> variables = {"params": {"conv1_scale": jnp.array([2., 3.]), "conv1_bias": jnp.array([0., 1.])}}
-  >>> StageAffines().apply(variables, "conv1", jnp.ones((1, 2))).tolist()
+  >>> params = {"conv1_scale": jnp.array([2., 3.]), "conv1_bias": jnp.array([0., 1.])}
+  >>> StageAffines().apply({"params": params}, "conv1", jnp.ones((1, 2))).tolist()
   [[2.0, 4.0]]
   """
 

@@ -33,9 +33,10 @@ class LoRA(OwnPasses):
     Models. ICLR 2022, arXiv:2106.09685.
 
   Differences:
-    The paper freezes W and adapts attention alone. A kernel of more than two axes, as a
-    convolution's, is taken as the matrix of it that has the fewest rows and columns together.
-    D is normal with variance one over its rows. Raises ValueError for fields out of range, or a
+    The paper freezes W and adapts attention alone. A kernel of more than two axes is taken as a
+    matrix, all axes but the last by the last as for convolutions, or the first by all others as for
+    attention's queries, whichever has fewer rows and columns together. D is normal with variance
+    one over its rows. Raises ValueError for fields out of range, or a
     trunk without kernels.
   """
 
@@ -77,10 +78,10 @@ class LoRA(OwnPasses):
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-  """Rows and columns of a kernel as a matrix: the first axes by the others, as even as can be.
+  """Rows and columns of a kernel as a matrix, cut behind its first axis or before its last.
 
   >>> matrix_shape((3, 3, 64, 32)), matrix_shape((192, 3, 64))
   ((576, 32), (192, 192))
   """
-  splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
-  return min(splits, key=sum)
+  cuts = (len(shape) - 1, 1)
+  return min(((math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in cuts), key=sum)

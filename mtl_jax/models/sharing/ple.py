@@ -110,7 +110,8 @@ class PLE(nn.Module):
     return found if maps else {task: stages["features"] for task, stages in found.items()}
 
   def _mixed(self, level: int, gate: Callable[[jax.Array], jax.Array],
-             inputs: Mapping[str, jax.Array], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+             inputs: Mapping[str, jax.Array],
+             outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """For each stream, the experts' maps in the shares that a gate gives them."""
     mixed = {}
     for stream, x in inputs.items():

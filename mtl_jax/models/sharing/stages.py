@@ -40,6 +40,17 @@ def run_changed(trunk: nn.Module, images: Mapping[str, jax.Array], streams: Mapp
     streams: the stream of each task.
     train: whether the pass is one of training.
     change: `(task, stage, x) -> x`, of the same shape.
+
+  >>> import jax.numpy as jnp
+  >>> from mtl_jax import models
+  >>> class Doubling(models.Trunk):
+  ...   stages = ("maps", "features")
+  ...   def stage(self, name, x, train=False):
+  ...     return 2 * x
+  >>> found = run_changed(Doubling(), {"s": jnp.ones((1, 1))}, {"a": "s", "b": "s"}, False,
+  ...                     lambda task, stage, x: x + 1 if task == "a" else x)
+  >>> {task: [float(x[0, 0]) for x in stages.values()] for task, stages in found.items()}
+  {'a': [3.0, 7.0], 'b': [2.0, 4.0]}
   """
   found = {task: OrderedDict() for task in streams}
   inputs, source = images, streams

@@ -21,7 +21,8 @@ def together(call: Callable[[jax.Array], Any],
   >>> def double(x):
   ...   calls.append(x.shape)
   ...   return {"twice": 2 * x}
-  >>> found = together(double, {"a": jnp.ones((1, 2)), "b": jnp.ones((1, 3)), "c": jnp.ones((2, 2))})
+  >>> inputs = {"a": jnp.ones((1, 2)), "b": jnp.ones((1, 3)), "c": jnp.ones((2, 2))}
+  >>> found = together(double, inputs)
   >>> calls, found["c"]["twice"].tolist()
   ([(3, 2), (1, 3)], [[2.0, 2.0], [2.0, 2.0]])
   """
