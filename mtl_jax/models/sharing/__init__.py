@@ -7,8 +7,16 @@ where a head reads the maps of the trunk's stages.
 
 import flax.linen as nn
 
+from mtl_jax.models.sharing.adapters import Adapters
+from mtl_jax.models.sharing.cgc import CGC
+from mtl_jax.models.sharing.dselect_k import DSelectK
+from mtl_jax.models.sharing.film import FiLM
 from mtl_jax.models.sharing.hard import Hard
 from mtl_jax.models.sharing.independent import Independent
+from mtl_jax.models.sharing.lora import LoRA
+from mtl_jax.models.sharing.mmoe import MMoE
+from mtl_jax.models.sharing.ple import PLE
+from mtl_jax.models.sharing.task_norm import TaskNorm
 
 
 def hard(trunk: nn.Module, tasks: tuple[str, ...]) -> Hard:
@@ -25,4 +33,12 @@ def independent(trunk: nn.Module, tasks: tuple[str, ...]) -> Independent:
 SHARINGS = {
     "hard": hard,
     "independent": independent,
+    "mmoe": MMoE,
+    "cgc": CGC,
+    "ple": PLE,
+    "dselect_k": DSelectK,
+    "film": FiLM,
+    "adapters": Adapters,
+    "lora": LoRA,
+    "task_norm": TaskNorm,
 }

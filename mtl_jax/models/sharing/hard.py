@@ -5,9 +5,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mtl_jax.models.calling import call_trunk
+from mtl_jax.models.sharing.together import together
 
 
 class Hard(nn.Module):
@@ -31,18 +31,7 @@ class Hard(nn.Module):
       train: whether the pass is one of training.
       maps: whether to give `{stage: [B_s, …], …, "features": [B_s, F]}` instead of the features.
     """
-    features = {}
-    for shape in dict.fromkeys(x.shape[1:] for x in images.values()):
-      group = [stream for stream, x in images.items() if x.shape[1:] == shape]
-      together = call_trunk(self.trunk, jnp.concatenate([images[s] for s in group]), train, maps)
-      ends, start = [], 0
-      for stream in group:
-        start += images[stream].shape[0]
-        ends.append(start)
-      leaves, structure = jax.tree.flatten(together)
-      parts = zip(*(jnp.split(leaf, ends[:-1]) for leaf in leaves))
-      features |= {stream: jax.tree.unflatten(structure, part)
-                   for stream, part in zip(group, parts)}
+    features = together(lambda x: call_trunk(self.trunk, x, train, maps), images)
     return {task: features[stream] for task, stream in streams.items()}
 
   def owner(self, path: tuple[str, ...]) -> str | None:
