@@ -106,7 +106,7 @@ def filled(module, *args):
 def state_of(batch, **statics):
   state = jax.eval_shape(lambda: mtl_jax.create_train_state(0, batch, **statics))
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state).replace(
-      params=filled(statics["model"], batch)["params"])
+      params=filled(statics["model"], batch)["params"], task_weights=jnp.ones(len(statics["tasks"])))
 
 
 def stepper(streams, balancer, gradients):
@@ -152,7 +152,7 @@ def test_owner_tells_whose_loss_a_parameter_moves(sharing, trunk, heads):
       assert reached == ({owner} if owner else set(order)), path
 
 
-@pytest.mark.parametrize("sharing", sorted(models.SHARINGS))
+@pytest.mark.parametrize("sharing", ["hard", "independent"])
 def test_each_head_gets_what_it_reads(sharing):
   model, batch = make_model(TWO, sharing, CNN, **DENSE), make_batch(TWO)
   variables = filled(model, batch)

@@ -1,49 +1,14 @@
 """Hard sharing with a branch point, between one trunk for all and one a task."""
 
 import flax.linen as nn
-from flax.traverse_util import flatten_dict
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mtl_jax import models
 from mtl_jax.models.sharing import SHARINGS
-
-TASKS = ("b", "a_1", "c")
-TRUNKS = {"cnn": models.CNN(channels=(3, 4), width=5),
-          "resnet": models.ResNet(blocks=(1,), channels=3),
-          "mlp": models.MLPTrunk(widths=(5, 4))}
-ONE, TWO = dict.fromkeys(TASKS, "x"), {"b": "x", "a_1": "y", "c": "y"}
-
-
-def images_of(sizes, sides=(8, 8)):
-  rng = np.random.default_rng(0)
-  return {stream: jnp.asarray(rng.normal(size=(size, side, 8, 3)), jnp.float32)
-          for (stream, size), side in zip(sizes.items(), sides)}
-
-
-IMAGES = images_of({"x": 3, "y": 2})
-
-
-def filled(module, *args):
-  """Variables without compiling `init`: random parameters, statistics of one."""
-  rng = np.random.default_rng(1)
-  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))
-  return {collection: jax.tree.map(
-      lambda x: (jnp.asarray(0.4 * rng.normal(size=x.shape), x.dtype)
-                 if collection == "params" else jnp.ones(x.shape, x.dtype)), tree)  # noqa: B023
-          for collection, tree in shapes.items()}
-
-
-def joined(variables, *names):
-  """Variables of one trunk from the parts of a sharing module that hold its stages."""
-  return {collection: {key: leaf for name in names for key, leaf in tree.get(name, {}).items()}
-          for collection, tree in variables.items()}
-
-
-def assert_close(a, b):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+from tests.models.sharing_cases import (IMAGES, ONE, TASKS, TRUNKS, TWO, assert_close,
+                                        check_owners, filled, images_of, joined)
 
 
 @pytest.mark.parametrize("name, branch_at", [
@@ -96,16 +61,8 @@ def test_branches_with_copies_of_one_trunk_are_independent_trunks():
 
 
 def test_who_owns_what():
-  """The declared owner against the truth: which features depend on the parameter."""
   sharing = SHARINGS["hard"](TRUNKS["cnn"], TASKS, branch_at="conv1")
-  variables = filled(sharing, IMAGES, TWO, False)
-  moved = jax.jit(jax.jacrev(lambda p: jnp.stack([(x ** 2).sum() for x in sharing.apply(
-      {"params": p}, IMAGES, TWO, False).values()])))(variables["params"])
-  order = list(TWO)
-  for path, rows in flatten_dict(moved).items():
-    reached = {order[i] for i in range(3) if np.abs(rows[i]).sum() > 0}
-    owner = sharing.owner(path)
-    assert reached == ({owner} if owner else set(TASKS)), path
+  check_owners(sharing, IMAGES, TWO)
 
 
 def test_branches_start_apart_and_take_images_of_several_sizes():

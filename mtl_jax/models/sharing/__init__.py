@@ -8,8 +8,11 @@ where a head reads the maps of the trunk's stages.
 import flax.linen as nn
 
 from mtl_jax.models.calling import stage_place
+from mtl_jax.models.sharing.columns import check_columns
+from mtl_jax.models.sharing.cross_stitch import CrossStitch
 from mtl_jax.models.sharing.hard import Hard
 from mtl_jax.models.sharing.independent import Independent
+from mtl_jax.models.sharing.nddr import NDDR
 
 
 def hard(trunk: nn.Module, tasks: tuple[str, ...], branch_at: str | None = None) -> Hard:
@@ -33,7 +36,43 @@ def independent(trunk: nn.Module, tasks: tuple[str, ...]) -> Independent:
   return Independent(trunk, tasks)
 
 
+def cross_stitch(trunk: nn.Module, tasks: tuple[str, ...], own_share: float = 0.9,
+                 per_channel: bool = False,
+                 units_at: tuple[str, ...] | None = None) -> CrossStitch:
+  """One trunk a task, mixed linearly between stages (Misra et al., CVPR 2016).
+
+  Args:
+    trunk: module that names its stages.
+    tasks: names of the tasks.
+    own_share: of a task's own maps in its mixture at the start, in (0, 1].
+    per_channel: whether every channel is mixed in a way of its own.
+    units_at: stages after which tasks mix; all but the last where left out.
+
+  Raises:
+    ValueError: where the trunk has no such stages, or the share is out of range.
+  """
+  return check_columns(CrossStitch(trunk, tasks, units_at, own_share, per_channel))
+
+
+def nddr(trunk: nn.Module, tasks: tuple[str, ...], own_share: float = 0.9,
+         units_at: tuple[str, ...] | None = None) -> NDDR:
+  """One trunk a task, fused between stages by 1x1 convolutions (Gao et al., CVPR 2019).
+
+  Args:
+    trunk: module that names its stages.
+    tasks: names of the tasks.
+    own_share: weight of a task's own channels at the start, in (0, 1].
+    units_at: stages after which tasks are fused; all but the last where left out.
+
+  Raises:
+    ValueError: where the trunk has no such stages, or the share is out of range.
+  """
+  return check_columns(NDDR(trunk, tasks, units_at, own_share))
+
+
 SHARINGS = {
     "hard": hard,
     "independent": independent,
+    "cross_stitch": cross_stitch,
+    "nddr": nddr,
 }
