@@ -12,6 +12,7 @@ from mtl_jax.models.sharing.columns import check_columns
 from mtl_jax.models.sharing.cross_stitch import CrossStitch
 from mtl_jax.models.sharing.hard import Hard
 from mtl_jax.models.sharing.independent import Independent
+from mtl_jax.models.sharing.mtan import MTAN, check_mtan
 from mtl_jax.models.sharing.nddr import NDDR
 
 
@@ -70,9 +71,24 @@ def nddr(trunk: nn.Module, tasks: tuple[str, ...], own_share: float = 0.9,
   return check_columns(NDDR(trunk, tasks, units_at, own_share))
 
 
+def mtan(trunk: nn.Module, tasks: tuple[str, ...], reduction: int = 1) -> MTAN:
+  """One trunk, on whose maps every task lays masks of its own (Liu et al., CVPR 2019).
+
+  Args:
+    trunk: module that names its stages.
+    tasks: names of the tasks.
+    reduction: the masks' hidden channels are those of the stage over this.
+
+  Raises:
+    ValueError: where the trunk has nothing to mask, or `reduction` is no size.
+  """
+  return check_mtan(MTAN(trunk, tasks, reduction))
+
+
 SHARINGS = {
     "hard": hard,
     "independent": independent,
     "cross_stitch": cross_stitch,
     "nddr": nddr,
+    "mtan": mtan,
 }
