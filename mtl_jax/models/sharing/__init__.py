@@ -2,7 +2,8 @@
 
 A sharing module names, by `owner(path)`, the task that alone owns a parameter; what nobody owns is
 shared, and balancing acts on that. It is called `(images, streams, train)`, and with `maps=True`
-where a head reads the maps of the trunk's stages.
+where a head reads the maps of the trunk's stages. One that adds terms to the loss gives them by
+`penalties(params)`, a pure function of its own parameters: `{name: []}`.
 """
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from mtl_jax.models.sharing.hard import Hard
 from mtl_jax.models.sharing.independent import Independent
 from mtl_jax.models.sharing.mtan import MTAN, check_mtan
 from mtl_jax.models.sharing.nddr import NDDR
+from mtl_jax.models.sharing.soft import DISTANCES, Soft
 
 
 def hard(trunk: nn.Module, tasks: tuple[str, ...], branch_at: str | None = None) -> Hard:
@@ -85,10 +87,31 @@ def mtan(trunk: nn.Module, tasks: tuple[str, ...], reduction: int = 1) -> MTAN:
   return check_mtan(MTAN(trunk, tasks, reduction))
 
 
+def soft(trunk: nn.Module, tasks: tuple[str, ...], distance: str = "mean",
+         strength: float = 1e-3) -> Soft:
+  """One trunk a task, pulled together by a penalty (Duong et al., ACL 2015).
+
+  Args:
+    trunk: module from images to features.
+    tasks: names of the tasks.
+    distance: "mean", "consecutive" or "trace_norm".
+    strength: λ, from 0 on; at 0 trunks are independent.
+
+  Raises:
+    ValueError: for an unknown distance or a strength out of range.
+  """
+  if distance not in DISTANCES:
+    raise ValueError(f"distance: expected one of {list(DISTANCES)}, found {distance!r}")
+  if not strength >= 0:
+    raise ValueError(f"strength: expected a number from 0 on, found {strength}")
+  return Soft(trunk, tasks, distance, strength)
+
+
 SHARINGS = {
     "hard": hard,
     "independent": independent,
     "cross_stitch": cross_stitch,
     "nddr": nddr,
     "mtan": mtan,
+    "soft": soft,
 }

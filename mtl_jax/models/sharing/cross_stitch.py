@@ -57,11 +57,9 @@ class CrossStitch(Columns):
   >>> from mtl_jax import models
   >>> sharing = CrossStitch(models.CNN(channels=(4, 4), width=8), ("a", "b"))
   >>> images, streams = {"x": jnp.zeros((1, 8, 8, 3))}, {"a": "x", "b": "x"}
-  >>> params = sharing.init(jax.random.key(0), images, streams, False)["params"]
-  >>> sorted(params)
+  >>> shapes = jax.eval_shape(lambda: sharing.init(jax.random.key(0), images, streams, False))
+  >>> sorted(shapes["params"])
   ['branches_a', 'branches_b', 'trunks_a', 'trunks_b', 'units_conv1', 'units_conv2']
-  >>> [[round(float(x), 2) for x in row] for row in params["units_conv1"]["alpha"]]
-  [[0.9, 0.1], [0.1, 0.9]]
 
   Reference:
     Misra, Shrivastava, Gupta, Hebert: Cross-stitch Networks for Multi-task Learning. CVPR 2016,

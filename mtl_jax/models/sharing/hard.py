@@ -25,7 +25,7 @@ class Hard(nn.Module):
   >>> from mtl_jax import models
   >>> sharing = Hard(models.CNN(channels=(4, 4), width=8), ("a", "b"), branch_at="conv2")
   >>> images, streams = {"x": jnp.zeros((1, 8, 8, 3))}, {"a": "x", "b": "x"}
-  >>> variables = sharing.init(jax.random.key(0), images, streams, False)
+  >>> variables = jax.eval_shape(lambda: sharing.init(jax.random.key(0), images, streams, False))
   >>> {name: sorted(part) for name, part in sorted(variables["params"].items())}
   {'branches_a': ['dense'], 'branches_b': ['dense'], 'trunk': ['conv1', 'conv2']}
 

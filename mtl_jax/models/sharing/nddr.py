@@ -60,8 +60,9 @@ class NDDR(Columns):
   >>> from mtl_jax import models
   >>> sharing = NDDR(models.CNN(channels=(4, 4), width=8), ("a", "b"))
   >>> images, streams = {"x": jnp.zeros((1, 8, 8, 3))}, {"a": "x", "b": "x"}
-  >>> params = sharing.init(jax.random.key(0), images, streams, False)["params"]
-  >>> sorted(params["units_conv2"]), params["units_conv2"]["reduce_a"]["kernel"].shape
+  >>> shapes = jax.eval_shape(lambda: sharing.init(jax.random.key(0), images, streams, False))
+  >>> unit = shapes["params"]["units_conv2"]
+  >>> sorted(unit), unit["reduce_a"]["kernel"].shape
   (['norm_a', 'norm_b', 'reduce_a', 'reduce_b'], (8, 4))
   >>> sharing.owner(("units_conv1", "reduce_a", "kernel"))
   >>> sharing.owner(("units_conv2", "reduce_a", "kernel"))
