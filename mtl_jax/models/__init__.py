@@ -4,5 +4,5 @@ from mtl_jax.models.heads import (HEADS, MLP, Detection, FeaturePyramid, Linear,
                                   SemanticFPN, Upsampling)
 from mtl_jax.models.multi_task_model import MultiTaskModel
 from mtl_jax.models.sharing import (MTAN, NDDR, SHARINGS, CrossStitch, Hard, Independent,
-                                     Soft)
+                                     LearnedBranching, Soft)
 from mtl_jax.models.trunks import CNN, TRUNKS, MLPTrunk, ResNet, Trunk, ViT, resnet18

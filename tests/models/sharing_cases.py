@@ -39,6 +39,14 @@ def joined(variables, *names):
           for collection, tree in variables.items()}
 
 
+def apart(variables):
+  """Variables of independent trunks from those of trunks side by side."""
+  trunks = {f"trunks_{task}": joined(variables, f"trunks_{task}", f"branches_{task}")
+            for task in TASKS}
+  return {collection: {name: trunk[collection] for name, trunk in trunks.items()}
+          for collection in variables}
+
+
 def assert_close(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 

@@ -30,7 +30,7 @@ def make(case):
   return model, batch
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("hard", "independent")])
 def test_one_device_equals_eight(case):
   model, batch = make(case)
   some_tasks = tuple(tasks.classification(task, num_classes=2, stream=stream, label=task)

@@ -11,16 +11,8 @@ from mtl_jax import models
 from mtl_jax.models.sharing import SHARINGS
 from mtl_jax.models.sharing.cross_stitch import CrossStitchUnit
 from mtl_jax.models.sharing.nddr import NDDRUnit
-from tests.models.sharing_cases import (IMAGES, ONE, TASKS, TRUNKS, TWO, assert_close,
-                                        check_owners, filled, images_of, joined)
-
-
-def apart(variables):
-  """Variables of independent trunks from those of columns."""
-  trunks = {f"trunks_{task}": joined(variables, f"trunks_{task}", f"branches_{task}")
-            for task in TASKS}
-  return {collection: {name: trunk[collection] for name, trunk in trunks.items()}
-          for collection in variables}
+from tests.models.sharing_cases import (IMAGES, ONE, TASKS, TRUNKS, TWO, apart, assert_close,
+                                        check_owners, filled, images_of)
 
 
 def at_identity(name, sharing, variables):

@@ -13,6 +13,7 @@ from mtl_jax.models.sharing.columns import check_columns
 from mtl_jax.models.sharing.cross_stitch import CrossStitch
 from mtl_jax.models.sharing.hard import Hard
 from mtl_jax.models.sharing.independent import Independent
+from mtl_jax.models.sharing.learned_branching import LearnedBranching
 from mtl_jax.models.sharing.mtan import MTAN, check_mtan
 from mtl_jax.models.sharing.nddr import NDDR
 from mtl_jax.models.sharing.soft import DISTANCES, Soft
@@ -107,6 +108,22 @@ def soft(trunk: nn.Module, tasks: tuple[str, ...], distance: str = "mean",
   return Soft(trunk, tasks, distance, strength)
 
 
+def learned_branching(trunk: nn.Module, tasks: tuple[str, ...], temperature: float = 1.0,
+                      units_at: tuple[str, ...] | None = None) -> LearnedBranching:
+  """One trunk a task, each learning which to go on from (Guo et al., ICML 2020).
+
+  Args:
+    trunk: module that names its stages.
+    tasks: names of the tasks.
+    temperature: of the softmax through which choices are learned, above 0.
+    units_at: stages after which tasks choose; all but the last where left out.
+
+  Raises:
+    ValueError: where the trunk has no such stages, or the temperature is out of range.
+  """
+  return check_columns(LearnedBranching(trunk, tasks, units_at, temperature))
+
+
 SHARINGS = {
     "hard": hard,
     "independent": independent,
@@ -114,4 +131,5 @@ SHARINGS = {
     "nddr": nddr,
     "mtan": mtan,
     "soft": soft,
+    "learned_branching": learned_branching,
 }

@@ -85,10 +85,12 @@ class Columns(nn.Module):
 
 
 def check_columns(sharing: Columns) -> Columns:
-  """The same module; ValueError where its units or its `own_share` do not fit."""
+  """The same module; ValueError where its units, `own_share` or `temperature` do not fit."""
   sharing.places()
-  if not 0 < sharing.own_share <= 1:
+  if not 0 < getattr(sharing, "own_share", 1) <= 1:
     raise ValueError(f"own_share: expected a number in (0, 1], found {sharing.own_share}")
+  if not getattr(sharing, "temperature", 1) > 0:
+    raise ValueError(f"temperature: expected a number above 0, found {sharing.temperature}")
   return sharing
 
 
