@@ -74,8 +74,8 @@ class Hard(nn.Module):
     results = {}
     for task, stream in streams.items():
       own = call_stages(self.branches[task], late, shared[stream][early[-1]], train)
-      results[task] = OrderedDict([*shared[stream].items(), *own.items()]) if maps \
-          else own[late[-1]]
+      results[task] = (OrderedDict([*shared[stream].items(), *own.items()]) if maps
+                       else own[late[-1]])
     return results
 
   def owner(self, path: tuple[str, ...]) -> str | None:

@@ -30,8 +30,8 @@ def consecutive_distance(x: jax.Array) -> jax.Array:
 def trace_norm(x: jax.Array) -> jax.Array:
   """The sum of the singular values of [T, …], flattened to [T, n]: small where rows are few.
 
-  They are taken from the T×T Gramian, smoothed by a millionth of its trace, so that the gradient is
-  finite where rows are the same or zero; each singular value that is zero then counts as a
+  They are taken from the T×T Gramian, smoothed by a millionth of its trace, so that the gradient
+  is finite where rows are the same or zero; each singular value that is zero then counts as a
   thousandth of the Frobenius norm.
 
   >>> round(float(trace_norm(jnp.array([[3., 0.], [0., 4.]]))), 3)
@@ -63,7 +63,7 @@ class Soft(Independent):
 
   >>> from mtl_jax import models
   >>> sharing = Soft(models.CNN(), ("a", "b"), strength=0.5)
-  >>> params = {"trunks_a": {"bias": jnp.array([1., 2.])}, "trunks_b": {"bias": jnp.array([3., 2.])}}
+  >>> params = {"trunks_a": {"w": jnp.array([1., 2.])}, "trunks_b": {"w": jnp.array([3., 2.])}}
   >>> {name: float(value) for name, value in sharing.penalties(params).items()}
   {'soft': 1.0}
 
