@@ -67,3 +67,9 @@ class MultiTaskModel(nn.Module):
     if path[0] == "sharing":
       return self.sharing.owner(path[1:])
     return path[0].removeprefix("heads_")
+
+  def penalties(self, params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What the sharing architecture adds to the loss, `{name: []}`; most add nothing."""
+    if not hasattr(type(self.sharing), "penalties"):
+      return {}
+    return self.sharing.penalties(params["sharing"])

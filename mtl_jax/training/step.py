@@ -38,7 +38,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       the batch; losses are those of part 0, metrics those of all.
     optimizer: an optax optimizer.
     gradients: engine of the task gradients, "exact" or "features".
-    penalties: functions of the parameters by name, added to the loss after balancing.
+    penalties: functions of the parameters by name, added to the loss after balancing, as are
+      those of the model's sharing architecture.
     diagnose_every: at each so many-th step the exact Gramian is taken for the logs, whatever the
       balancer and the engine; 0 for never.
 
@@ -50,7 +51,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     those of the exact Gramian.
 
   Raises:
-    ValueError: where a stream has fewer examples than the balancer asks for parts.
+    ValueError: where a stream has fewer examples than the balancer asks for parts, or a penalty
+      has the name of one of the sharing architecture.
   """
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
   of = functools.partial(PassOf, model, tasks, state.task_weights)
@@ -76,7 +78,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                           **_own_grads(passes, decision, balancer, model, tasks)})
 
   penalty_values = {}
-  for name, penalty in (penalties or {}).items():
+  for name, penalty in _all_penalties(model, state.params, penalties or {}).items():
     penalty_values[name], penalty_grads = jax.value_and_grad(penalty)(state.params)
     grads = jax.tree.map(jnp.add, grads, penalty_grads)
 
@@ -106,6 +108,18 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                         model_state=model_state, opt_state=opt_state,
                         balancer_state=balancer_state)
   return state, logs
+
+
+def _all_penalties(model: MultiTaskModel, params: Any,
+                   penalties: Mapping[str, Callable[[Any], jax.Array]]
+                   ) -> dict[str, Callable[[Any], jax.Array]]:
+  """The penalties given and those of the model's sharing architecture."""
+  own = {name: lambda params, name=name: model.penalties(params)[name]
+         for name in jax.eval_shape(model.penalties, params)}
+  if twice := sorted(own.keys() & penalties.keys()):
+    raise ValueError(f"penalties: expected names that the sharing architecture does not use "
+                     f"itself, found {twice}")
+  return {**own, **penalties}
 
 
 def _own_grads(passes: Sequence[Pass], decision: Decision, balancer: Balancer,

@@ -106,7 +106,7 @@ def filled(module, *args):
 def state_of(batch, **statics):
   state = jax.eval_shape(lambda: mtl_jax.create_train_state(0, batch, **statics))
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state).replace(
-      params=filled(statics["model"], batch)["params"])
+      params=filled(statics["model"], batch)["params"], task_weights=jnp.ones(len(statics["tasks"])))
 
 
 def stepper(streams, balancer, gradients):

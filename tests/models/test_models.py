@@ -78,13 +78,14 @@ BATCH = {"x": {"image": jax.random.normal(jax.random.key(1), (4, 6, 6, 3))},
          "y": {"image": jax.random.normal(jax.random.key(2), (3, 6, 6, 3))}}
 
 
-@pytest.mark.parametrize("sharing", ["hard", "independent"])
+@pytest.mark.parametrize("sharing", ["hard", "independent"])  # the others have tests of their own
 def test_owner_tells_whose_loss_a_parameter_moves(sharing):
   """The declared owner against the truth: which outputs depend on the parameter."""
   model = model_of(sharing, {"a": "x", "b": "x", "c": "y"})
-  params = model.init(jax.random.key(0), BATCH)["params"]
+  variables = dict(model.init(jax.random.key(0), BATCH))
+  params = variables.pop("params")
   moved = jax.jacrev(lambda p: jnp.stack([out.sum() for out in model.apply(
-      {"params": p}, BATCH).values()]))(params)
+      {"params": p, **variables}, BATCH).values()]))(params)
   tasks = list(model.heads)
   for path, rows in flatten_dict(moved).items():
     reached = {tasks[i] for i in range(3) if np.abs(rows[i]).sum() > 0}

@@ -6,9 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.calling import call_trunk
+from mtl_jax.models.calling import call_together, call_trunk
 from mtl_jax.models.sharing import gates
-from mtl_jax.models.sharing.together import together
 
 
 class CGC(nn.Module):
@@ -68,7 +67,7 @@ class CGC(nn.Module):
   def __call__(self, images: Mapping[str, jax.Array], streams: Mapping[str, str],
                train: bool, maps: bool = False) -> dict[str, Any]:
     """Features of each task, or its maps, mixed from experts; arguments as in `Hard`."""
-    shared = [together(lambda x, t=trunk: call_trunk(t, x, train, maps), images)
+    shared = [call_together(lambda x, t=trunk: call_trunk(t, x, train, maps), images)
               for trunk in self.trunks]
     read = {stream: self.gate_features(x) for stream, x in images.items()}
     mixed = {}

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.models.calling import call_trunk
+from mtl_jax.models.calling import call_together, call_trunk
 from mtl_jax.models.sharing import gates
-from mtl_jax.models.sharing.together import together
 
 
 def smooth_step(t: jax.Array, gamma: float) -> jax.Array:
@@ -165,7 +164,7 @@ class DSelectK(nn.Module):
   def __call__(self, images: Mapping[str, jax.Array], streams: Mapping[str, str],
                train: bool, maps: bool = False) -> dict[str, Any]:
     """Features of each task, or its maps, mixed from the experts'; arguments as in `Hard`."""
-    outputs = [together(lambda x, t=trunk: call_trunk(t, x, train, maps), images)
+    outputs = [call_together(lambda x, t=trunk: call_trunk(t, x, train, maps), images)
                for trunk in self.trunks]
     mixed = {}
     for task, stream in streams.items():

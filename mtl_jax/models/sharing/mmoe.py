@@ -6,9 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.calling import call_trunk
+from mtl_jax.models.calling import call_together, call_trunk
 from mtl_jax.models.sharing import gates
-from mtl_jax.models.sharing.together import together
 
 
 class MMoE(nn.Module):
@@ -63,7 +62,7 @@ class MMoE(nn.Module):
   def __call__(self, images: Mapping[str, jax.Array], streams: Mapping[str, str],
                train: bool, maps: bool = False) -> dict[str, Any]:
     """Features of each task, or its maps, mixed from the experts'; arguments as in `Hard`."""
-    outputs = [together(lambda x, t=trunk: call_trunk(t, x, train, maps), images)
+    outputs = [call_together(lambda x, t=trunk: call_trunk(t, x, train, maps), images)
                for trunk in self.trunks]
     read = {stream: self.gate_features(x) for stream, x in images.items()}
     return {task: gates.mix(gates.softmax_gate(self.gates[task](read[stream])),

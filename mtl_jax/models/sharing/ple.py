@@ -7,9 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.calling import call_together
 from mtl_jax.models.sharing import gates
 from mtl_jax.models.sharing.stages import run_stages, stages_of
-from mtl_jax.models.sharing.together import together
 
 
 class PLE(nn.Module):
@@ -93,7 +93,7 @@ class PLE(nn.Module):
         entering = {task: {stream: entering[task][stream]} for task, stream in streams.items()}
 
       def outputs(trunks, inputs, stages=stages):
-        return [together(lambda x: run_stages(trunk, stages, x, train), inputs)  # noqa: B023
+        return [call_together(lambda x: run_stages(trunk, stages, x, train), inputs)  # noqa: B023
                 for trunk in trunks]
       shared = outputs(self.trunks[level], entering_shared)
       own = {task: outputs(self.own_trunks[task][level], x) for task, x in entering.items()}

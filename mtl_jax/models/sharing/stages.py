@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.sharing.together import together
+from mtl_jax.models.calling import call_together
+
 
 
 def stages_of(where: str, trunk: nn.Module) -> tuple[str, ...]:
@@ -55,7 +56,7 @@ def run_changed(trunk: nn.Module, images: Mapping[str, jax.Array], streams: Mapp
   found = {task: OrderedDict() for task in streams}
   inputs, source = images, streams
   for stage in trunk.stages:
-    given = together(lambda x: trunk.stage(stage, x, train), inputs)  # noqa: B023
+    given = call_together(lambda x: trunk.stage(stage, x, train), inputs)  # noqa: B023
     inputs = {task: change(task, stage, given[source[task]]) for task in streams}
     source = {task: task for task in streams}
     for task, x in inputs.items():
