@@ -27,23 +27,31 @@ def first_state(experiment: Experiment, mesh: Mesh, console: Console) -> Any:
   Raises:
     UserError: for weights that cannot be read, or do not fit.
   """
-  state = create_sharded(lambda: experiment.create_state(experiment.config.seed), mesh)
+  def create() -> Any:
+    return experiment.create_state(experiment.config.seed)
+
   section = experiment.config.init_from
   if not section:
-    return state
+    return create_sharded(create, mesh)
   origin, found = read(section.path)
   skip = section.skip + (("heads",) if section.part == "trunk" else
                          tuple(f"heads_{task}" for task in section.except_heads))
-  fresh = flatten_dict({"params": state.params, **state.model_state})
   try:
-    merged, account = merge(fresh, found, skip=skip)
+    merged, account = merge(_variables(jax.eval_shape(create)), found, skip=skip)
   except ValueError as error:
     raise UserError(f"config.init_from: {section.path}: {error}") from error
   console.transfer(origin, account)
-  variables = jax.device_put(unflatten_dict(merged), replicated(mesh))
+  state = create_sharded(create, mesh)
+  fresh = _variables(state)
+  variables = jax.device_put(unflatten_dict(merged | {path: fresh[path] for path in account.random}),
+                             replicated(mesh))
   params = variables.pop("params")
   opt_state = jax.jit(experiment.optimizer.init, out_shardings=replicated(mesh))(params)
   return state.replace(params=params, model_state=variables, opt_state=opt_state)
+
+
+def _variables(state: Any) -> dict[Path, Any]:
+  return flatten_dict({"params": state.params, **state.model_state})
 
 
 def read(path: str) -> tuple[str, dict[Path, np.ndarray]]:
@@ -61,9 +69,9 @@ def read(path: str) -> tuple[str, dict[Path, np.ndarray]]:
   if not place.is_file():
     raise UserError(f"config.init_from.path: expected a run folder or a file, found none at {place}")
   if place.suffix == ".safetensors":
-    return str(place), _variables(place, _safetensors(place))
+    return str(place), _from_names(place, _safetensors(place))
   if place.suffix in (".pth", ".pt"):
-    return str(place), _variables(place, read_state_dict(place))
+    return str(place), _from_names(place, read_state_dict(place))
   raise UserError("config.init_from.path: expected a run folder, a .safetensors or a .pth file, "
                   f"found {place}")
 
@@ -89,7 +97,7 @@ def _safetensors(place: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(f"{place}: expected tensors in the safetensors format, found: {error}") from error
 
 
-def _variables(place: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
+def _from_names(place: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
   """Arrays under our paths, from names of ours or torchvision's."""
   if any("/" in name for name in arrays):
     bad = next((name for name in arrays if name.count("/") < 2), None)

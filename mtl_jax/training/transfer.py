@@ -45,8 +45,7 @@ def merge(fresh: Mapping[Path, Any], found: Mapping[Path, Any], *, skip: Sequenc
     skip: patterns (see `parameter_groups.matches`) of what stays fresh.
 
   Returns:
-    Arrays of the fresh ones' dtypes in place of what matched, the others as they were; and the
-    account.
+    Arrays of the fresh ones' dtypes in place of what matched, all else as it was; and the account.
 
   Raises:
     ValueError: where nothing matches, where shapes differ or numbers are not floating-point, where
@@ -61,6 +60,7 @@ def merge(fresh: Mapping[Path, Any], found: Mapping[Path, Any], *, skip: Sequenc
     raise ValueError(f"expected variables of this model, such as {some(wanted)}; found "
                      f"{some(found)}, none of which fits\nis config.trunk what these were "
                      "trained with?")
+  _check_whole(fresh, sources, kept)
   for path, source in sources.items():
     if not jnp.issubdtype(found[source].dtype, jnp.floating):
       raise ValueError(f"{'/'.join(path[1:])}: expected floating-point numbers, found "
@@ -68,7 +68,6 @@ def merge(fresh: Mapping[Path, Any], found: Mapping[Path, Any], *, skip: Sequenc
     if tuple(found[source].shape) != tuple(fresh[path].shape):
       raise ValueError(f"{'/'.join(path[1:])}: expected shape {list(fresh[path].shape)} as the "
                        f"config says, found {list(found[source].shape)}\n{_advice(path)}")
-  _check_whole(fresh, sources, kept)
   merged = {path: np.asarray(found[sources[path]]).astype(x.dtype) if path in sources else x
             for path, x in fresh.items()}
   used = set(sources.values())
