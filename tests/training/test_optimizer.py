@@ -107,7 +107,7 @@ def test_clipping_does_not_see_what_is_frozen():
 
 @pytest.mark.parametrize("fields, message", [
     ({"freeze": ("dense9",)}, "freeze: expected trunk, heads or names on the path of a parameter, such "
-                              "as heads_a/dense, sharing/trunk; found 'dense9', which says none"),
+                              "as sharing/trunk, heads_a/dense; found 'dense9', which says none"),
     ({"freeze": ("trunk", "heads")}, "freeze: .* found that trunk, heads say them all"),
     ({"learning_rate_scale": {"trunk": -1.0}}, "learning_rate_scale.trunk: expected a number > 0"),
     ({"learning_rate_scale": {"dense2/trunk": 1.0}}, "found 'dense2/trunk', which says none"),
