@@ -134,6 +134,16 @@ class Console:
                       _shown(summary["test"][name], metric.unit))
     self._out.print(table)
 
+  def parts(self, parts: Sequence[tuple[str, int, float | None]]) -> None:
+    """The table of a model's parts: name, parameters, operations or None."""
+    table = Table(title="the model", caption="operations of a forward pass on one image of each "
+                                             "stream, before XLA optimizes")
+    for name, justify in (("part", "left"), ("parameters", "right"), ("MFLOPs", "right")):
+      table.add_column(name, justify=justify)
+    for part, parameters, flops in parts:
+      table.add_row(part, f"{parameters:,}", "" if flops is None else f"{flops / 1e6:,.3f}")
+    self._out.print(table)
+
   def folds(self, summary: Mapping, tasks: Sequence[Task]) -> None:
     """The table of a cross-validation."""
     table = Table(title=f"{summary['folds']} folds, each held out once"
