@@ -1,7 +1,7 @@
 """Trains, evaluates or inspects what a config file describes.
 
-  python launch.py --config=configs/cifar_mtl.py[:arg] [--workdir=runs/x] [--mode=train|evaluate|inspect]
-                   [--config.a.b=value …]
+  python launch.py --config=configs/cifar_mtl.py[:arg] [--workdir=runs/x]
+                   [--mode=train|evaluate|inspect] [--config.a.b=value …]
 """
 
 import argparse
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
   arguments, again = None, shlex.join(["python", "launch.py", *argv])
   try:
     arguments = _arguments(argv)
-    from mtl_jax.experiment import build, config, fields, folds, inspection, loop  # jax takes seconds
+    # Imported here: jax takes seconds.
+    from mtl_jax.experiment import build, config, fields, folds, inspection, loop
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
     several = complete.data.folds and complete.data.fold is None and arguments.mode != "inspect"
     room = inspection if arguments.mode == "inspect" else folds if several else loop

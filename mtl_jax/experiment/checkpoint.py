@@ -204,8 +204,8 @@ def read_variables(path: pathlib.Path, step: int | None) -> tuple[int, dict[str,
       step = _read_record(path / str(max(steps)))["best_step"]
     return step, _read_arrays(path / str(step))
   except Damaged as error:
-    raise UserError(f"{path}: expected a sound checkpoint of the best step {step or 'known'}, found "
-                    f"it damaged: {error}") from error
+    raise UserError(f"{path}: expected a sound checkpoint of the best step {step or 'known'}, "
+                    f"found it damaged: {error}") from error
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:
@@ -232,7 +232,8 @@ def _read_arrays(path: pathlib.Path) -> dict[str, Any]:
           lambda x: ocp.RestoreArgs(restore_type=np.ndarray), wanted))
       found = reader.restore(path / "state", args=args)
   except Exception as error:  # damage shows in many types
-    raise Damaged(f"cannot be read: {(str(error).strip().splitlines() or [''])[0][:120]}") from error
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    raise Damaged(f"cannot be read: {reason}") from error
   checksums = _read_record(path)["checksums"]
   for place, x in jax.tree_util.tree_leaves_with_path(found):
     name = f".{place[0].key}{jax.tree_util.keystr(place[1:])}"

@@ -1,6 +1,6 @@
 """What a model is made of: parameters and operations by part, and which task reads which part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -60,9 +60,16 @@ def parts_of(model: MultiTaskModel, variables: Any, batch: Any) -> list[Part]:
     batch: `{stream: {"image": [1, …]}}`, or their shapes.
   """
   sizes = {path: x.size for path, x in flatten_dict(variables["params"]).items()}
-  total = lambda wanted: sum(size for path, size in sizes.items() if wanted(path))
   head = lambda path: path[0] != "sharing"
   owner = model.owner
+
+  def total(wanted: Callable[[tuple[str, ...]], bool]) -> int:
+    return sum(size for path, size in sizes.items() if wanted(path))
+
+  def head_flops(task: str) -> float:
+    read = _read(model.heads[task], features[task])
+    return _flops(_only(model, task), variables, {task: read}, "outputs")
+
   features = jax.eval_shape(lambda v, b: model.apply(v, b, method="features"), variables, batch)
   rows = [Part("shared by all or some tasks", total(lambda path: owner(path) is None), None)]
   rows += [Part(f"{task} alone, before its head", own, None) for task in model.heads
@@ -70,11 +77,10 @@ def parts_of(model: MultiTaskModel, variables: Any, batch: Any) -> list[Part]:
   rows.append(Part("features of all tasks", total(lambda path: not head(path)),
                    _flops(model, variables, batch, "features")))
   rows += [Part(f"head of {task}", total(lambda path, t=task: head(path) and owner(path) == t),
-                _flops(_only(model, task), variables, {task: _read(model.heads[task], features[task])},
-                       "outputs"))
-           for task in model.heads]
+                head_flops(task)) for task in model.heads]
   rows.append(Part("whole model", total(lambda path: True), _flops(model, variables, batch)))
-  rows += [Part(f"with {task} as its only task", total(lambda path, t=task: owner(path) in (None, t)),
+  rows += [Part(f"with {task} as its only task",
+                total(lambda path, t=task: owner(path) in (None, t)),
                 _flops(_only(model, task), variables, batch)) for task in model.heads]
   return rows
 
@@ -87,7 +93,8 @@ def _only(model: MultiTaskModel, task: str) -> MultiTaskModel:
 
 def _read(head: nn.Module, features: Any) -> Any:
   """What a head alone reads, of what the model gives where another head reads maps."""
-  return features["features"] if isinstance(features, Mapping) and not reads_maps(head) else features
+  has_maps = isinstance(features, Mapping)
+  return features["features"] if has_maps and not reads_maps(head) else features
 
 
 def _flops(model: MultiTaskModel, variables: Any, inputs: Any, method: str = "__call__") -> float:

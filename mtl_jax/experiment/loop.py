@@ -141,7 +141,7 @@ class _Run:
     restored = checkpoints.restore_latest(_abstract_state(experiment, mesh), console.warn)
     if restored is None:
       self._step = 0
-      self._state = first_state(experiment, mesh, console)
+      self._state = first_state(experiment, mesh, folder, console)
     else:
       self._step, self._state, self._record = restored
       if self._record["data"] != experiment.data:

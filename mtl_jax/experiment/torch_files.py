@@ -42,7 +42,8 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(f"{path}: {error}") from error
   except Exception as error:  # damage, and malice, show in many types
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    raise UserError(f"{path}: expected tensors as torch.save writes them, found: {reason}") from error
+    raise UserError(f"{path}: expected tensors as torch.save writes them, found: {reason}"
+                    ) from error
   if not found or not all(isinstance(name, str) and isinstance(x, np.ndarray)
                           for name, x in found.items()):
     keys = ", ".join(str(name)[:40] for name in list(found)[:4])

@@ -1,4 +1,4 @@
-"""Which parameters stand still, and which learn at a rate of their own, by patterns of their paths."""
+"""Parameters that stand still or learn at a rate of their own, by patterns of their paths."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import fnmatch
@@ -19,7 +19,8 @@ def matches(pattern: str, path: Path) -> bool:
   "?", joined by "/", and says every path that holds such names one after the other.
 
   >>> path = ("sharing", "trunk", "layer1_0", "bn1", "scale")
-  >>> [matches(pattern, path) for pattern in ("trunk", "layer1_*", "bn?/scale", "trunk/bn1", "heads")]
+  >>> patterns = ("trunk", "layer1_*", "bn?/scale", "trunk/bn1", "heads")
+  >>> [matches(pattern, path) for pattern in patterns]
   [True, True, True, False, False]
   """
   if pattern in ("trunk", "heads"):

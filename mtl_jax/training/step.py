@@ -81,8 +81,9 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
 
   penalty_values = {}
   for name, penalty in (penalties or {}).items():
-    penalty_values[name], penalty_grads = jax.value_and_grad(
-        lambda params: penalty(unflatten_dict(hold(flatten_dict(params), frozen))))(state.params)  # noqa: B023
+    def of_moving(params, penalty=penalty):
+      return penalty(unflatten_dict(hold(flatten_dict(params), frozen)))
+    penalty_values[name], penalty_grads = jax.value_and_grad(of_moving)(state.params)
     grads = jax.tree.map(jnp.add, grads, penalty_grads)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -50,7 +50,8 @@ def test_tasks_of_one_stream_share_its_operations():
   apart = {name: part.flops for name, part in rows(
       **{"tasks.b.stream": "cifar10", "data.streams": {"cifar10": {"name": "cifar10"}},
          "sharing": {"name": "independent"}}).items()}
-  assert apart["features of all tasks"] == pytest.approx(2 * shared["features of all tasks"], rel=0.01)
+  assert apart["features of all tasks"] == pytest.approx(
+      2 * shared["features of all tasks"], rel=0.01)
 
 
 def test_heads_that_read_maps_stand_beside_those_that_do_not():

@@ -79,7 +79,8 @@ def test_a_file_that_torch_wrote_is_read():
 
 def test_strides_offsets_and_parameters(tmp_path):
   found = read_state_dict(written(tmp_path / "w.pth", {
-      "turned": tensor(shape=(3, 2), strides=(1, 3)), "last": tensor(offset=5, shape=(), strides=()),
+      "turned": tensor(shape=(3, 2), strides=(1, 3)),
+      "last": tensor(offset=5, shape=(), strides=()),
       "none": tensor(offset=6, shape=(0, 3), strides=(3, 1)),
       "parameter": Call(Global("torch._utils", "_rebuild_parameter"), tensor(), True, {})}))
   np.testing.assert_array_equal(found["turned"], [[0, 3], [1, 4], [2, 5]])
@@ -101,7 +102,8 @@ def test_a_pickle_that_asks_for_more_is_refused_before_anything_runs(tmp_path, n
 
 def test_a_dotted_name_does_not_lead_elsewhere(tmp_path):
   code = (pickle.PROTO + b"\x04" + pickle.SHORT_BINUNICODE + b"\x0bcollections"
-          + pickle.SHORT_BINUNICODE + b"\x14OrderedDict.fromkeys" + pickle.STACK_GLOBAL + pickle.STOP)
+          + pickle.SHORT_BINUNICODE + b"\x14OrderedDict.fromkeys"
+          + pickle.STACK_GLOBAL + pickle.STOP)
   with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
     archive.writestr("w/data.pkl", code)
   with pytest.raises(UserError, match="asks for collections.OrderedDict.fromkeys"):

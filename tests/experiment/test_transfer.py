@@ -15,6 +15,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import fields, loop, transfer
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.console import Console
+from mtl_jax.experiment.run_folder import RunFolder
 from mtl_jax.training import sharding
 from tests.experiment.conftest import final_checksums, make, records, tiny_config, tiny_source
 from tests.experiment.test_resume import Killed
@@ -36,8 +37,10 @@ def start(**changes):
   """Variables at the start of a run, and those at the same start from nothing."""
   experiment = make(seed=3, **changes)
   plain = dataclasses.replace(experiment, config=fields.complete(tiny_config(seed=3)))
-  return (variables(transfer.first_state(experiment, one_device(), Console())),
-          variables(transfer.first_state(plain, one_device(), Console(quiet=True))))
+  return (variables(transfer.first_state(experiment, one_device(), RunFolder("unused"),
+                                           Console())),
+          variables(transfer.first_state(plain, one_device(), RunFolder("unused"),
+                                           Console(quiet=True))))
 
 
 def assert_taken_from(found, start, fresh, taken):
@@ -150,15 +153,22 @@ def test_what_does_not_fit_is_refused_with_what_to_do(source, fields, lines):
     assert line in message
 
 
+def test_a_refused_start_leaves_the_folder_to_another_config(source, tmp_path):
+  for changes in ({"trunk.width": 9}, {"trunk.width": 10}):  # not: "belongs to another run"
+    with pytest.raises(UserError, match="sharing/trunk/dense/bias: expected shape"):
+      loop.train(make(**{"init_from.path": str(source), **changes}), tmp_path)
+  assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("fields, message", [
-    ({"init_from.part": "trunks"}, "config.init_from.part: expected one of trunk, all; did you mean"),
-    ({"init_from.except_heads": "c", "init_from.part": "all"}, "expected one of a, b, with part=all"),
+    ({"init_from.part": "trunks"}, "init_from.part: expected one of trunk, all; did you mean"),
+    ({"init_from.except_heads": "c", "init_from.part": "all"}, "expected one of a, b, with part="),
     ({"init_from.except_heads": "a"}, "found 'a', with part=trunk"),
-    ({"init_from.skip": "layer9"}, "config.init_from.skip: expected trunk, heads or names on the path"),
+    ({"init_from.skip": "layer9"}, "init_from.skip: expected trunk, heads or names on the path"),
     ({"init_from.freeze": "trnk"}, "config.init_from.freeze: .*found 'trnk', which says none"),
     ({"init_from.freeze": "*"}, "freeze: expected parameters that still move"),
     ({"init_from.learning_rate_scale": {"trunk": 0}}, "expected a number > 0, found 0.0"),
-    ({"init_from.learning_rate_scale": {"trunk": "x"}}, "scale.trunk: expected a number, found 'x'"),
+    ({"init_from.learning_rate_scale": {"trunk": "x"}}, "trunk: expected a number, found 'x'"),
     ({"init_from.freze": "trunk"}, "did you mean freeze"),
     ({"init_from.path": ""}, "config.init_from: expected a section with a path"),
     ({"init_from": "runs/x"}, "config.init_from: expected a section with a path, found 'runs/x'"),
@@ -179,7 +189,7 @@ def test_places_without_weights_are_refused(tmp_path, source):
   (tmp_path / "w.safetensors").write_bytes(b"nothing of the kind")
   refused(tmp_path / "w.safetensors", "expected tensors in the safetensors format")
   safetensors.numpy.save_file({"conv/kernel": np.zeros(1)}, tmp_path / "w.safetensors")
-  refused(tmp_path / "w.safetensors", "names such as params/sharing/trunk/conv1/kernel, found 'conv/k")
+  refused(tmp_path / "w.safetensors", "such as params/sharing/trunk/conv1/kernel, found 'conv/k")
   safetensors.numpy.save_file({"encoder.weight": np.zeros((1, 1, 1))}, tmp_path / "w.safetensors")
   refused(tmp_path / "w.safetensors", "encoder.weight: expected names and shapes of torchvision's")
   (tmp_path / "w.npz").write_bytes(b"")
@@ -197,7 +207,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, source):
 
 
 def test_a_resumed_run_does_not_read_again_and_ends_the_same(source, found, tmp_path, monkeypatch):
-  changes = {"init_from.path": str(source), "init_from.part": "all", "init_from.freeze": "conv?,heads_b",
+  changes = {"init_from.path": str(source), "init_from.part": "all",
+             "init_from.freeze": "conv?,heads_b",
              "init_from.learning_rate_scale": {"trunk": 0.5, "kernel": 0.5}, "train.steps": 6,
              "balancer.name": "mgda", "penalties.l2": 0.01, "optimizer.name": "adamw",
              "optimizer.weight_decay": 0.1, "optimizer.clip_norm": 1.0}
@@ -222,6 +233,7 @@ def test_a_resumed_run_does_not_read_again_and_ends_the_same(source, found, tmp_
   assert records(tmp_path / "whole") == records(tmp_path / "broken")
   section = json.loads((tmp_path / "broken" / "config.json").read_text())["config"]["init_from"]
   assert section == {"path": str(source), "part": "all", "except_heads": [], "skip": [],
-                     "freeze": ["conv?", "heads_b"], "learning_rate_scale": {"trunk": 0.5, "kernel": 0.5}}
+                     "freeze": ["conv?", "heads_b"],
+                     "learning_rate_scale": {"trunk": 0.5, "kernel": 0.5}}
   with pytest.raises(UserError, match="config.init_from.path"):
     loop.train(make(**{**changes, "init_from.path": "elsewhere"}), tmp_path / "broken")

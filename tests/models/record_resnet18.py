@@ -3,9 +3,9 @@
   python tests/models/record_resnet18.py    (wants torch, which the tests do not)
 
 Written from the paper (He, Zhang, Ren, Sun, CVPR 2016, arXiv:1512.03385) with torchvision's names.
-`data/resnet18_narrow.pth` holds the `state_dict` with the stem for ImageNet, `data/resnet18_narrow.npz`
-images [B, C, H, W] and features [B, F]: of that network, and of one with CIFAR's stem, whose first
-kernel is the middle of the other's.
+`data/resnet18_narrow.pth` holds the `state_dict` with the stem for ImageNet;
+`data/resnet18_narrow.npz` images [B, C, H, W] and features [B, F]: of that network, and of one with
+CIFAR's stem, whose first kernel is the middle of the other's.
 """
 
 import pathlib

@@ -93,8 +93,8 @@ def test_a_factor_is_that_of_the_learning_rate():
                           (0.125, ("sharing", "trunk", "dense2")), (1.0, ("heads_a", "dense"))):
     plain = step(optimizer("adamw", 0.1 * factor, weight_decay=0.5))
     for leaf in ("kernel", "bias"):
-      np.testing.assert_allclose(flatten_dict(scaled)[*names, leaf], flatten_dict(plain)[*names, leaf],
-                                 rtol=1e-6)
+      np.testing.assert_allclose(flatten_dict(scaled)[*names, leaf],
+                                 flatten_dict(plain)[*names, leaf], rtol=1e-6)
 
 
 def test_clipping_does_not_see_what_is_frozen():
@@ -106,8 +106,8 @@ def test_clipping_does_not_see_what_is_frozen():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"freeze": ("dense9",)}, "freeze: expected trunk, heads or names on the path of a parameter, such "
-                              "as sharing/trunk, heads_a/dense; found 'dense9', which says none"),
+    ({"freeze": ("dense9",)}, "freeze: expected trunk, heads or names on the path of a parameter, "
+                              "such as sharing/trunk, heads_a/dense; found 'dense9'"),
     ({"freeze": ("trunk", "heads")}, "freeze: .* found that trunk, heads say them all"),
     ({"learning_rate_scale": {"trunk": -1.0}}, "learning_rate_scale.trunk: expected a number > 0"),
     ({"learning_rate_scale": {"dense2/trunk": 1.0}}, "found 'dense2/trunk', which says none"),
