@@ -1,7 +1,7 @@
-"""Trains or evaluates what a config file describes.
+"""Trains, evaluates or inspects what a config file describes.
 
-  python launch.py --config=configs/cifar_mtl.py[:arg] [--workdir=runs/x] [--mode=train|evaluate]
-                   [--config.a.b=value …]
+  python launch.py --config=configs/cifar_mtl.py[:arg] [--workdir=runs/x]
+                   [--mode=train|evaluate|inspect] [--config.a.b=value …]
 """
 
 import argparse
@@ -15,7 +15,7 @@ import traceback
 
 from mtl_jax.errors import UserError
 
-MODES = ("train", "evaluate")
+MODES = ("train", "evaluate", "inspect")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,10 +56,12 @@ def main(argv: list[str]) -> int:
   arguments, again = None, shlex.join(["python", "launch.py", *argv])
   try:
     arguments = _arguments(argv)
-    from mtl_jax.experiment import build, config, fields, folds, loop  # jax takes seconds
+    # Imported here: jax takes seconds.
+    from mtl_jax.experiment import build, config, fields, folds, inspection, loop
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
-    several = complete.data.folds and complete.data.fold is None
-    run = getattr(folds if several else loop, arguments.mode)
+    several = complete.data.folds and complete.data.fold is None and arguments.mode != "inspect"
+    room = inspection if arguments.mode == "inspect" else folds if several else loop
+    run = getattr(room, arguments.mode)
     try:
       run(complete if several else build.build(complete), arguments.workdir)
     except loop.Interrupted as interruption:

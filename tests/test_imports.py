@@ -21,7 +21,7 @@ ALLOWED = {
 }
 ANYWHERE = {"errors", "randomness"}
 HEAVY = ("matplotlib", "tensorflow_datasets", "orbax", "tensorboardX", "sklearn", "PIL", "grain",
-         "requests", "ml_collections", "tensorflow", "pycocotools")
+         "requests", "ml_collections", "tensorflow", "pycocotools", "safetensors")
 
 
 def imported(path: pathlib.Path) -> set[str]:

@@ -1,6 +1,7 @@
 """From a complete config to everything that a run needs."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 
 import flax
@@ -23,7 +24,8 @@ from mtl_jax.experiment.fields import duration_steps
 from mtl_jax.experiment.task_sections import head_arguments, num_labelled, task_of
 from mtl_jax.models import HEADS, SHARINGS, TRUNKS, MultiTaskModel
 from mtl_jax.tasks import Task
-from mtl_jax.training.optimizer import SCHEDULES, optimizer
+from mtl_jax.training.optimizer import SCHEDULES, by_part, optimizer
+from mtl_jax.training.parameter_groups import check_patterns
 from mtl_jax.training.penalties import PENALTIES
 from mtl_jax.training.task_gradients import check_engine
 from mtl_jax.training.task_weights import RULES, Rule, weigh
@@ -72,6 +74,8 @@ def build(config: ConfigDict, given: Mapping[str, Source] | None = None) -> Expe
   )
   _check_sizes(experiment)
   _check_shapes(experiment)
+  if config.init_from:
+    experiment = _with_rates(experiment)
   if experiment.engine == "resident":  # the grain engine checks as it reads
     _check_labels(experiment)
   return experiment
@@ -164,6 +168,20 @@ def _optimizer(section: ConfigDict, num_steps: int,
     reason = str(error).splitlines()[0]
     raise UserError(f"config.optimizer: expected arguments that optax's {arguments['name']} takes, "
                     f"found: {reason}") from error
+
+
+def _with_rates(experiment: Experiment) -> Experiment:
+  """The experiment with an optimizer that freezes and scales as `config.init_from` says."""
+  section = experiment.config.init_from
+  made = by_part(experiment.optimizer, freeze=section.freeze,
+                 learning_rate_scale=section.learning_rate_scale.to_dict())
+  params = jax.eval_shape(lambda: experiment.create_state(0)).params
+  try:
+    check_patterns("skip", section.skip, list(flatten_dict(params)))
+    jax.eval_shape(made.init, params)
+  except ValueError as error:
+    raise UserError(f"config.init_from.{error}") from error
+  return dataclasses.replace(experiment, optimizer=made)
 
 
 def _check_shapes(experiment: Experiment) -> None:

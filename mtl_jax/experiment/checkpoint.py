@@ -183,6 +183,65 @@ class Checkpoints:
       self._manager.close()
 
 
+def read_variables(path: pathlib.Path, step: int | None) -> tuple[int, dict[str, Any]]:
+  """The model's variables in a run's checkpoint, whatever the run; nothing in its folder changes.
+
+  Args:
+    path: the run's checkpoints.
+    step: which one; the best that the newest of them knows when None.
+
+  Returns:
+    The step, and `{"params": …, "model_state": …}` with numpy arrays.
+
+  Raises:
+    UserError: where there is none, or it is damaged.
+  """
+  steps = [int(p.name) for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
+  if not steps:
+    raise UserError(f"{path}: expected the checkpoints of a run, found none")
+  try:
+    if step is None:
+      step = _read_record(path / str(max(steps)))["best_step"]
+    return step, _read_arrays(path / str(step))
+  except Damaged as error:
+    raise UserError(f"{path}: expected a sound checkpoint of the best step {step or 'known'}, "
+                    f"found it damaged: {error}") from error
+
+
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+  import orbax.checkpoint as ocp
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      record = reader.restore(path / "record")
+    sound = _checksum(record["text"]) == record["checksum"]
+  except Exception as error:  # damage shows in many types
+    raise Damaged(f"the record cannot be read: {error}") from error
+  if not sound:
+    raise Damaged("the record's checksum does not match")
+  return json.loads(record["text"])
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, Any]:
+  import orbax.checkpoint as ocp
+  try:
+    with ocp.PyTreeCheckpointer() as reader:
+      saved = reader.metadata(path / "state").item_metadata
+      wanted = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[name])
+                for name in ("params", "model_state")}
+      args = ocp.args.PyTreeRestore(wanted, partial_restore=True, restore_args=jax.tree.map(
+          lambda x: ocp.RestoreArgs(restore_type=np.ndarray), wanted))
+      found = reader.restore(path / "state", args=args)
+  except Exception as error:  # damage shows in many types
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    raise Damaged(f"cannot be read: {reason}") from error
+  checksums = _read_record(path)["checksums"]
+  for place, x in jax.tree_util.tree_leaves_with_path(found):
+    name = f".{place[0].key}{jax.tree_util.keystr(place[1:])}"
+    if checksums.get(name) != zlib.crc32(np.ascontiguousarray(x)):
+      raise Damaged(f"the checksum of {name} does not match")
+  return found
+
+
 class _LatestAndBest:
   """Keeps the latest two checkpoints, so that a damaged one has a predecessor, and their bests."""
 

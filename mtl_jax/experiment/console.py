@@ -1,5 +1,6 @@
 """What the user sees: banner, progress bar, lines as the run goes, the final table."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import sys
 
@@ -10,6 +11,7 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn, 
 from rich.table import Table
 
 from mtl_jax.tasks import Task
+from mtl_jax.training.transfer import Account, module_of, some
 
 
 def _shown(value: float | None, unit: str) -> str:
@@ -64,6 +66,23 @@ class Console:
       self._panel(f"SAMPLE DATA for {', '.join(scenes)}: rendered handwritten digits.\n"
                   "The numbers of this run say nothing about photographs.")
 
+  def transfer(self, origin: str, account: Account) -> None:
+    """Says what a run starts from; a warning where a part of a trunk was of no use.
+
+    Args:
+      origin: of the variables.
+      account: what became of them.
+    """
+    taken = collections.Counter(map(module_of, account.matched))
+    counts = ", ".join(f"{'/'.join(module)} ({count})" for module, count in taken.items())
+    self.say(f"init_from {origin}: {len(account.matched)} variables taken: {counts}")
+    if account.random:
+      self.say(f"  {len(account.random)} stay random: {some(account.random)}")
+    if account.unused:
+      trunk = [path for path in account.unused if path[1] == "sharing" and "fc" not in path]
+      (self.warn if trunk else self.say)(
+          f"  {len(account.unused)} of what is there are not used: {some(trunk or account.unused)}")
+
   def _panel(self, text: str) -> None:
     self._out.print(Panel(text, title="sample", style="bold yellow", expand=False))
 
@@ -113,6 +132,16 @@ class Console:
         table.add_row(task.name, summary["data"][task.stream], metric.name,
                       _shown(summary["validation"][name], metric.unit),
                       _shown(summary["test"][name], metric.unit))
+    self._out.print(table)
+
+  def parts(self, parts: Sequence[tuple[str, int, float | None]]) -> None:
+    """The table of a model's parts: name, parameters, operations or None."""
+    table = Table(title="the model", caption="operations of a forward pass on one image of each "
+                                             "stream, before XLA optimizes")
+    for name, justify in (("part", "left"), ("parameters", "right"), ("MFLOPs", "right")):
+      table.add_column(name, justify=justify)
+    for part, parameters, flops in parts:
+      table.add_row(part, f"{parameters:,}", "" if flops is None else f"{flops / 1e6:,.3f}")
     self._out.print(table)
 
   def folds(self, summary: Mapping, tasks: Sequence[Task]) -> None:

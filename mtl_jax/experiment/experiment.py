@@ -118,7 +118,8 @@ class Experiment:
     return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
                       optimizer=self.optimizer, gradients=self.config.train.gradients,
                       penalties=self.penalties,
-                      diagnose_every=self.config.train.diagnose_every_steps or 0)
+                      diagnose_every=self.config.train.diagnose_every_steps or 0,
+                      frozen=self.config.init_from.freeze if self.config.init_from else ())
 
   def eval_step(self, state: Any, batch: Any) -> dict[str, Any]:
     """Metric states of a batch with uint8 images."""

@@ -18,7 +18,7 @@ from mtl_jax.training.penalties import PENALTIES
 from mtl_jax.training.task_weights import RULES
 
 SECTIONS = ("seed", "data", "tasks", "task_weights", "trunk", "sharing", "balancer", "optimizer",
-            "penalties", "train")
+            "penalties", "train", "init_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,33 @@ class TrainSection:
   diagnose_every_steps: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class InitFromSection:
+  """Fields of `config.init_from`: what a fresh run starts from instead of random numbers.
+
+  Patterns say parameters by names on their paths: "trunk", "heads", "heads_<task>", "layer1_*",
+  "bn?/scale"; see `mtl_jax/training/parameter_groups.py`.
+
+  Attributes:
+    path: a run folder, whose best checkpoint is taken; a `.safetensors` file of our names
+      ("params/sharing/trunk/conv1/kernel") or torchvision's ("layer1.0.conv1.weight"); or a `.pth`
+      file of torchvision's names.
+    part: "trunk" for all that is no head, "all" for the heads, too.
+    except_heads: tasks whose heads stay random under "all".
+    skip: patterns of what stays random besides.
+    freeze: patterns of parameters that do not move and have no part in the balance. BatchNorm's
+      statistics are no parameters: they go on following the data.
+    learning_rate_scale: factor of the learning rate by pattern; where several match, their product.
+  """
+
+  path: str
+  part: str = "trunk"
+  except_heads: tuple[str, ...] = ()
+  skip: tuple[str, ...] = ()
+  freeze: tuple[str, ...] = ()
+  learning_rate_scale: Mapping[str, float] | None = None
+
+
 UNITS = ("steps", "epochs", "examples")
 
 
@@ -119,6 +146,7 @@ def complete(config: ConfigDict) -> ConfigDict:
   result["tasks"] = {name: _task(name, task, result["data"]["streams"])
                      for name, task in found["tasks"].items()}
   result["task_weights"] = _task_weights(found.get("task_weights"), found["tasks"])
+  result["init_from"] = _init_from(found.get("init_from"), found["tasks"])
   sections.check_sizes("config.trunk", result["trunk"])
   sections.check_sizes("config.train", result["train"])
   if not 0 <= result["seed"] < 2 ** 32:
@@ -214,6 +242,27 @@ def _penalties(found: Any) -> dict[str, float]:
     if not sections.coerce(f"config.penalties.{name}", strength, float) >= 0:
       raise UserError(f"config.penalties.{name}: expected a number >= 0, found {strength!r}")
   return {name: float(strength) for name, strength in found.items()}
+
+
+def _init_from(found: Any, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
+  where = "config.init_from"
+  if found is None:
+    return None
+  if not isinstance(found, Mapping) or not found.get("path"):
+    raise UserError(f"{where}: expected a section with a path, found {found!r}")
+  section = sections.arguments_of(where, InitFromSection, found)
+  if section["part"] not in ("trunk", "all"):
+    raise UserError(f"{where}.part: {sections.nearest(section['part'], ('trunk', 'all'))}; "
+                    f"found {section['part']!r}")
+  for task in section["except_heads"]:
+    if task not in tasks or section["part"] == "trunk":
+      known = sections.nearest(task, list(tasks)) + ", with part=all"
+      raise UserError(f"{where}.except_heads: {known}; found {task!r}, with "
+                      f"part={section['part']}")
+  section["learning_rate_scale"] = {
+      pattern: sections.coerce(f"{where}.learning_rate_scale.{pattern}", factor, float)
+      for pattern, factor in (section["learning_rate_scale"] or {}).items()}
+  return section
 
 
 def _task(name: str, found: Mapping[str, Any], streams: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from mtl_jax.experiment.events import EventFile
 from mtl_jax.experiment.evaluation import evaluator, score
 from mtl_jax.experiment.run_folder import MetricsFile, RunFolder, without_nan
 from mtl_jax.experiment.stepper import stepper, steps_per_call
+from mtl_jax.experiment.transfer import first_state
 from mtl_jax.tasks import compute_metrics
-from mtl_jax.training.sharding import check_divides, create_sharded, data_mesh, replicated
+from mtl_jax.training.sharding import check_divides, data_mesh, replicated
 from mtl_jax.training.task_weights import weigh
 
 
@@ -140,7 +141,7 @@ class _Run:
     restored = checkpoints.restore_latest(_abstract_state(experiment, mesh), console.warn)
     if restored is None:
       self._step = 0
-      self._state = create_sharded(lambda: experiment.create_state(experiment.config.seed), mesh)
+      self._state = first_state(experiment, mesh, folder, console)
     else:
       self._step, self._state, self._record = restored
       if self._record["data"] != experiment.data:

@@ -66,6 +66,7 @@ class RunFolder:
     self.path = pathlib.Path(path).expanduser().resolve()
     self._writes = writes
     self._lock = None
+    self._is_new = False
 
   def open(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Makes the folder, or checks that it belongs to this config and data.
@@ -82,6 +83,7 @@ class RunFolder:
       if not (self.path / "config.json").exists():
         _written(self.path / "config.json",
                  json.dumps({"config": plain(config), "data": dict(data)}, indent=2) + "\n")
+        self._is_new = True
       elif not os.access(self.path / "config.json", os.W_OK):
         raise PermissionError(13, "Permission denied", str(self.path))
       self._lock = open(self.path / "config.json", "rb")
@@ -97,6 +99,11 @@ class RunFolder:
     """Lets another process work in the folder."""
     if self._lock:
       self._lock.close()
+
+  def give_up(self) -> None:
+    """Lets another config have the folder where this one could not begin."""
+    if self._is_new:
+      (self.path / "config.json").unlink(missing_ok=True)
 
   def check(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Raises UserError where the folder belongs to another config or other data."""

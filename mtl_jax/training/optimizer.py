@@ -1,11 +1,15 @@
 """Optimizers by their optax name, with schedule, clipping and weight decay."""
 
+from collections.abc import Mapping, Sequence
 import inspect
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
 import jax
+import jax.numpy as jnp
 import optax
 
+from mtl_jax.training.parameter_groups import factors
 from mtl_jax.training.penalties import decays
 
 OPTIMIZERS = {name: getattr(optax, name) for name in (
@@ -90,6 +94,46 @@ def optimizer(name: str, learning_rate: float | optax.Schedule, *, clip_norm: fl
     chain.append(optax.add_decayed_weights(weight_decay, mask=decays))
   chain.append(factory(learning_rate, **kwargs))
   return _with_standard_promotion(optax.chain(*chain))
+
+
+def by_part(optimizer: optax.GradientTransformation, *, freeze: Sequence[str] = (),
+            learning_rate_scale: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+  """An optimizer that leaves some parameters as they are, and moves others at rates of their own.
+
+  What is frozen does not move in a single bit, whatever the weight decay or the penalties, and has
+  no state; clipping and norms are those of what moves. A factor multiplies the whole update, which
+  is what multiplying the learning rate does.
+
+  >>> tx = by_part(optax.sgd(1.0), freeze=("heads_a",), learning_rate_scale={"trunk": 0.5})
+  >>> params = {"sharing": {"trunk": jnp.ones(1)}, "heads_a": jnp.ones(1), "heads_b": jnp.ones(1)}
+  >>> updates, _ = tx.update(params, tx.init(params))
+  >>> [float(x[0]) for x in jax.tree.leaves(optax.apply_updates(params, updates))]
+  [1.0, 0.0, 0.5]
+
+  Args:
+    optimizer: of the parameters that move.
+    freeze: patterns, see `parameter_groups.matches`.
+    learning_rate_scale: factor by pattern; where several match, their product.
+
+  Raises:
+    ValueError: from `init`, as `parameter_groups.factors` says.
+  """
+  def parts(params: Any) -> tuple[Any, optax.GradientTransformationExtraArgs]:
+    scale = unflatten_dict(factors(params, freeze, learning_rate_scale))
+    return scale, optax.masked(optimizer, jax.tree.map(bool, scale))
+
+  def moved(update: jax.Array, factor: float) -> jax.Array:
+    return update * factor if factor else jnp.full_like(update, -0.0)  # -0.0 + 0.0 would be 0.0
+
+  def init(params: Any) -> Any:
+    return parts(params)[1].init(params)
+
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    scale, moving = parts(updates)
+    updates, state = moving.update(updates, state, params, **extra)
+    return jax.tree.map(moved, updates, scale), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _with_standard_promotion(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.tasks import Task, task_losses, task_metrics
+from mtl_jax.training.parameter_groups import hold
 
 Flat = Mapping[tuple[str, ...], jax.Array]  # parameters, or gradients of them, by path
 
@@ -38,12 +39,14 @@ class Pass(NamedTuple):
 
 
 class PassOf(NamedTuple):
-  """What a pass is made of besides parameters and batch: model, tasks, their weights, keys."""
+  """What a pass is made of besides parameters and batch: model, tasks, their weights, keys, and
+  patterns of the parameters that stand still, whose gradients are zero."""
 
   model: MultiTaskModel
   tasks: Sequence[Task]
   task_weights: jax.Array
   rngs: Mapping[str, jax.Array]
+  frozen: Sequence[str] = ()
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
@@ -55,12 +58,12 @@ class PassOf(NamedTuple):
     apply = functools.partial(model.apply, train=True, mutable=collections, rngs=self.rngs)
 
     def features_of(shared: Flat, owned: Flat) -> tuple[dict[str, Any], Any]:
-      variables = {"params": unflatten_dict({**shared, **owned}), **model_state}
+      variables = {"params": self._held({**shared, **owned}), **model_state}
       features, new_state = apply(variables, batch, method="features")
       return {task.name: features[task.name] for task in tasks}, new_state
 
     def losses_of(owned: Flat, features: dict[str, Any]) -> tuple[jax.Array, Any]:
-      variables = {"params": unflatten_dict({**shared, **owned}), **middle_state}
+      variables = {"params": self._held({**shared, **owned}), **middle_state}
       outputs, new_state = apply(variables, features, method="outputs")
       losses, active = task_losses(tasks, outputs, batch)
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
@@ -78,9 +81,13 @@ class PassOf(NamedTuple):
 
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
-    outputs, _ = self.model.apply({"params": params, **model_state}, batch, train=True,
+    held = self._held(flatten_dict(params))
+    outputs, _ = self.model.apply({"params": held, **model_state}, batch, train=True,
                                   mutable=list(model_state), rngs=self.rngs)
     return task_losses(self.tasks, outputs, batch)[0] * self.task_weights
+
+  def _held(self, flat: Flat) -> Any:
+    return unflatten_dict(hold(flat, self.frozen))
 
 
 def cut(batch: Mapping[str, Mapping[str, jax.Array]], parts: int) -> list[Any]:

@@ -14,6 +14,7 @@ from mtl_jax.models import MultiTaskModel
 from mtl_jax.randomness import purpose_key
 from mtl_jax.tasks import Task, merge_metrics, task_metrics
 from mtl_jax.training.lookahead import look_ahead
+from mtl_jax.training.parameter_groups import hold
 from mtl_jax.training.passes import Flat, Pass, PassOf, cut
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.task_gradients import Backward, balance, diagnose
@@ -25,7 +26,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                balancer: Balancer, optimizer: optax.GradientTransformation,
                gradients: str = "exact",
                penalties: Mapping[str, Callable[[Any], jax.Array]] | None = None,
-               diagnose_every: int = 0) -> tuple[TrainState, dict[str, Any]]:
+               diagnose_every: int = 0,
+               frozen: Sequence[str] = ()) -> tuple[TrainState, dict[str, Any]]:
   """One optimizer step on the weighted sum of the tasks' losses.
 
   Args:
@@ -42,12 +44,14 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       those of the model's sharing architecture.
     diagnose_every: at each so many-th step the exact Gramian is taken for the logs, whatever the
       balancer and the engine; 0 for never.
+    frozen: patterns of parameters (see `parameter_groups.matches`) whose gradients count as zero,
+      also in the balance; the optimizer must leave them alone, too (`optimizer.by_part`).
 
   Returns:
     The next state, and logs: losses, weights, task_weights, active, finite [T]; gradient_norm and
-    update_norm []; metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the balancer saw the
-    Gramian or `diagnose_every` is set, gramian [T, T], NaN at steps at which it was not due. Under
-    another engine than "exact", weights_error [] says how far a diagnosed step's weights are from
+    update_norm []; metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the
+    balancer saw the Gramian or `diagnose_every` is set, gramian [T, T], NaN at steps at which it
+    was not due. Under another engine than "exact", weights_error [] says how far a diagnosed step's weights are from
     those of the exact Gramian.
 
   Raises:
@@ -55,7 +59,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       has the name of one of the sharing architecture.
   """
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
-  of = functools.partial(PassOf, model, tasks, state.task_weights)
+  of = functools.partial(PassOf, model, tasks, state.task_weights, frozen=frozen)
   parts, passes, model_state = cut(batch, balancer.parts), [], state.model_state
   for number, part in enumerate(parts):
     keys = rngs if number == 0 else {k: jax.random.fold_in(v, number) for k, v in rngs.items()}
@@ -79,7 +83,9 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
 
   penalty_values = {}
   for name, penalty in _all_penalties(model, state.params, penalties or {}).items():
-    penalty_values[name], penalty_grads = jax.value_and_grad(penalty)(state.params)
+    def of_moving(params, penalty=penalty):
+      return penalty(unflatten_dict(hold(flatten_dict(params), frozen)))
+    penalty_values[name], penalty_grads = jax.value_and_grad(of_moving)(state.params)
     grads = jax.tree.map(jnp.add, grads, penalty_grads)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
