@@ -45,7 +45,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _quiet() -> None:
   """Keeps Orbax from printing beside the one message that tells of a failed save or read."""
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   tell = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: (
       None if str(unraisable.exc_value) == "Event loop is closed" else tell(unraisable))

@@ -234,8 +234,9 @@ def _present(rows: Sequence[Row | None], field: str) -> dict[int, str]:
 def class_column(values: Sequence[str | None]) -> tuple[np.ndarray, Label]:
   """Classes by name, None where missing, as a column of labels.
 
-  >>> class_column(["10", None, "9"])
-  (array([ 1, -1,  0], dtype=int32), Label(kind='class', num_classes=2, names=('9', '10')))
+  >>> classes, label = class_column(["10", None, "9"])
+  >>> classes.tolist(), label.names
+  ([1, -1, 0], ('9', '10'))
   """
   names = sorted({value for value in values if value is not None})
   if all(_is_whole(name) for name in names):
