@@ -49,8 +49,12 @@ def test_every_launch_line_is_a_complete_config(line, monkeypatch):
 
 def test_the_readme_names_every_choice():
   from mtl_jax import balancing, models, tasks
+  from mtl_jax.data.augmentation import AUGMENTATIONS
+  from mtl_jax.data.sources import SOURCES
   from mtl_jax.training.optimizer import SCHEDULES
   for table in (models.TRUNKS, models.HEADS, models.SHARINGS, balancing.METHODS, tasks.KINDS,
-                SCHEDULES):
+                SCHEDULES, SOURCES):
     for name in table:
       assert f"`{name}`" in README, name
+  for name in AUGMENTATIONS:
+    assert f"`{name}:" in README, name

@@ -14,7 +14,7 @@ import pytest
 
 from mtl_jax import balancing, testing
 from mtl_jax.balancing.balancer import init_state
-from tests.balancing.rows import ROWS
+from tests.balancing.rows import LOSSES, ROWS
 
 NO_METHODS = {
     "__init__", "balancer", "dual_cone", "hyperparameters", "masked", "preference", "solvers",
@@ -214,8 +214,8 @@ def test_a_search_varies_all_but_what_is_structural():
 
 
 @pytest.mark.parametrize("row", [
-    pytest.param(row, id=name, marks=() if row is FIRST[row.name] or "warmup" in row.kwargs(3)
-                 else SLOW)
+    pytest.param(row, id=name, marks=() if row in LOSSES and (
+        row is FIRST[row.name] or "warmup" in row.kwargs(3)) else SLOW)
     for name, row in zip(IDS, ROWS) if row.search()])
 def test_a_search_over_hyperparameters_is_one_vmap(row):
   testing.check_hyperparameters(functools.partial(row.searched, 3), row.search())

@@ -14,7 +14,8 @@ from mtl_jax import balancing
 from mtl_jax.balancing import solvers
 from mtl_jax.balancing.balancer import gramian_of
 
-TASKS = (1, 2, 3, 11, 40)
+slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
+TASKS = (*map(slow, (1, 2)), 3, *map(slow, (11, 40)))
 METHODS = {
     "cagrad": {}, "upgrad": {}, "dualproj": {}, "pcd": {}, "nash_mtl": {}, "fairgrad": {},
     "pivrg": {"scores": (3.0, 1.0, -20.0, 0.0, 7.0)},
@@ -71,8 +72,7 @@ def test_projections_are_the_nearest(num_tasks):
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
-@pytest.mark.parametrize("c", [pytest.param(0.1, marks=pytest.mark.slow), 0.4, 1.0,
-                               pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("c", [slow(0.1), 0.4, slow(1.0), slow(5.0)])
 def test_cagrad_reaches_the_optimum(num_tasks, c):
   """Strong duality: `min_i g_i·d` is what the simplex problem attains, row by row in its units."""
   jacobians = random_jacobians(num_tasks, few=False)
@@ -114,7 +114,7 @@ def test_cagrad_between_mean_and_mgda():
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
-@pytest.mark.parametrize("alpha", [pytest.param(0.5, marks=pytest.mark.slow), 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [slow(0.5), 1.0, slow(2.0)])
 def test_fair_weights_solve_their_equations(num_tasks, alpha):
   """In float64 to rounding, for norms eight decades apart; in float32 the same weights."""
   jacobians = random_jacobians(num_tasks, few=False)
@@ -137,7 +137,7 @@ def test_fair_weights_at_a_large_alpha():
   np.testing.assert_allclose(gains, weights**-0.25, rtol=1e-3)
 
 
-@pytest.mark.parametrize("num_tasks", [2, 11, 40])
+@pytest.mark.parametrize("num_tasks", [2, *map(slow, (11, 40))])
 def test_nobody_is_harmed(num_tasks):
   """`J d >= 0` up to the rounding of what is added up, from fewer parameters than tasks too."""
   jacobians = random_jacobians(num_tasks)

@@ -89,6 +89,7 @@ def make_batch(streams, size=3):
 
 
 ONE, TWO = {"b": "x", "c": "x", "a": "x"}, {"b": "x", "c": "y", "a": "y"}
+STREAMS = [pytest.param(ONE, id="one"), pytest.param(TWO, id="two", marks=pytest.mark.slow)]
 
 
 CNN = models.CNN(channels=(4, 3), width=5)
@@ -218,7 +219,7 @@ def test_heads_see_the_stages_in_order_throughout_a_step():
   assert len(seen) > 1 and set(seen) == {trunk.stages}
 
 
-@pytest.mark.parametrize("streams", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("streams", STREAMS)
 def test_both_engines_give_the_gradient_of_the_sum(streams):
   taken = {}
   for engine in ("exact", "features"):
@@ -246,7 +247,7 @@ def test_exact_weights_are_those_of_the_shared_parameters():
                  jax.tree.map(lambda x: x[i], rows[f"heads_{task.name}"]))  # noqa: B023
 
 
-@pytest.mark.parametrize("streams", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("streams", STREAMS)
 def test_features_gramian_is_over_all_maps(streams):
   state, batch, step, model, some_tasks = stepper(streams, balancing.mgda(), "features")
   _, logs = step(state, batch)

@@ -100,7 +100,7 @@ def test_an_exported_model_gives_the_same_for_any_batch_size(name):
 
 
 @pytest.mark.parametrize("name", [
-    name if name in ("mmoe", "lora") else pytest.param(name, marks=pytest.mark.slow)
+    name if name == "mmoe" else pytest.param(name, marks=pytest.mark.slow)
     for name in NAMES])
 def test_a_step_on_one_device_equals_eight(name):
   """Tasks on two streams, weighted by their exact Gramian; BatchNorm's statistics are global."""

@@ -26,7 +26,8 @@ def shared_rows(state, part, model, some_tasks):
   return np.stack([flat(row["sharing"]) for row in plain_jacobian(state, part, model, some_tasks)])
 
 
-@pytest.mark.parametrize("streams", [("s", "s", "s"), ("s", "r", "r")])
+@pytest.mark.parametrize("streams", [
+    pytest.param(("s", "s", "s"), marks=pytest.mark.slow), ("s", "r", "r")])
 def test_modo_weighs_one_third_by_the_other_two(streams):
   state, batch, step, model, some_tasks = make(streams, balancing.modo(weight_step=0.5))
   new, logs = jax.jit(step)(state, batch)
@@ -52,7 +53,8 @@ def test_metrics_are_those_of_the_whole_batch():
     assert int(number(count)) == 8
 
 
-@pytest.mark.parametrize("engine", ["exact", "features"])
+@pytest.mark.parametrize("engine", [
+    "exact", pytest.param("features", marks=pytest.mark.slow)])
 def test_auto_lambda_is_the_derivative_of_the_held_out_loss(engine):
   """Against a difference quotient of the held-out loss in each weight, as the paper defines it."""
   balancer = balancing.auto_lambda(inner_learning_rate=0.5, learning_rate=0.01)
@@ -96,7 +98,8 @@ def test_moml_sees_every_held_out_loss():
   assert abs(float(logs["weights"].sum()) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("engine", ["exact", "features"])
+@pytest.mark.parametrize("engine", [
+    "exact", pytest.param("features", marks=pytest.mark.slow)])
 def test_forum_follows_both_halves(engine):
   balancer = balancing.forum(slack=5.0)
   state, batch, step, model, some_tasks = make(balancer=balancer, gradients=engine)
@@ -116,7 +119,9 @@ def test_forum_follows_both_halves(engine):
     assert_close(taken[name], expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["modo", "auto_lambda", "forum"])
+@pytest.mark.parametrize("name", [
+    "modo", pytest.param("auto_lambda", marks=pytest.mark.slow),
+    pytest.param("forum", marks=pytest.mark.slow)])
 def test_a_task_without_labels_in_one_part_leaves_the_balance(name):
   state, batch, step, _, some_tasks = make(balancer=balancing.get(name))
   label = some_tasks[0].label
@@ -127,7 +132,9 @@ def test_a_task_without_labels_in_one_part_leaves_the_balance(name):
     assert np.isfinite(leaf).all() or leaf.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("name", ["sdmgrad", "moml", "forum"])
+@pytest.mark.parametrize("name", [
+    pytest.param("sdmgrad", marks=pytest.mark.slow), "moml",
+    pytest.param("forum", marks=pytest.mark.slow)])
 def test_eight_devices_are_one(name):
   some_tasks, balancer = make_tasks("s", "s"), balancing.get(name)
   _, _, _, model, _ = make(("s", "s"))
