@@ -123,6 +123,7 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, environment, whole, n
   assert records(folder) == records(whole[0])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_what_was_there_survives(tmp_path, environment, whole):
   """No file may grow beyond 20 kB: the run's first checkpoints do not fit."""
   folder = tmp_path / "run"

@@ -100,6 +100,7 @@ def decider(balancer: Balancer, num_tasks: int) -> Callable[..., tuple[Any, Any,
 
 
 def assert_close(found: Any, expected: Any, what: str, rtol: float = 1e-4,
-                  atol: float = 1e-6) -> None:
+                 atol: float = 1e-6) -> None:
+  """Raises AssertionError, which says `what`, unless two pytrees agree."""
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=what),
                found, expected)

@@ -51,8 +51,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     The next state, and logs: losses, weights, task_weights, active, finite [T]; gradient_norm and
     update_norm []; metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the
     balancer saw the Gramian or `diagnose_every` is set, gramian [T, T], NaN at steps at which it
-    was not due. Under another engine than "exact", weights_error [] says how far a diagnosed step's weights are from
-    those of the exact Gramian.
+    was not due. Under another engine than "exact", weights_error [] says how far a diagnosed
+    step's weights are from those of the exact Gramian.
 
   Raises:
     ValueError: where a stream has fewer examples than the balancer asks for parts, or a penalty
@@ -81,12 +81,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   grads = unflatten_dict({**flatten_dict(shared_grads),
                           **_own_grads(passes, decision, balancer, model, tasks)})
 
-  penalty_values = {}
-  for name, penalty in _all_penalties(model, state.params, penalties or {}).items():
-    def of_moving(params, penalty=penalty):
-      return penalty(unflatten_dict(hold(flatten_dict(params), frozen)))
-    penalty_values[name], penalty_grads = jax.value_and_grad(of_moving)(state.params)
-    grads = jax.tree.map(jnp.add, grads, penalty_grads)
+  grads, penalty_values = _penalised(grads, model, state.params, penalties or {}, frozen)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   new_params = optax.apply_updates(state.params, updates)
@@ -116,16 +111,22 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   return state, logs
 
 
-def _all_penalties(model: MultiTaskModel, params: Any,
-                   penalties: Mapping[str, Callable[[Any], jax.Array]]
-                   ) -> dict[str, Callable[[Any], jax.Array]]:
-  """The penalties given and those of the model's sharing architecture."""
+def _penalised(grads: Any, model: MultiTaskModel, params: Any,
+               penalties: Mapping[str, Callable[[Any], jax.Array]],
+               frozen: Sequence[str]) -> tuple[Any, dict[str, jax.Array]]:
+  """Gradients with those of the penalties, given and of the sharing architecture; their values."""
   own = {name: lambda params, name=name: model.penalties(params)[name]
          for name in jax.eval_shape(model.penalties, params)}
   if twice := sorted(own.keys() & penalties.keys()):
     raise ValueError(f"penalties: expected names that the sharing architecture does not use "
                      f"itself, found {twice}")
-  return {**own, **penalties}
+  values = {}
+  for name, penalty in {**own, **penalties}.items():
+    def of_moving(params, penalty=penalty):
+      return penalty(unflatten_dict(hold(flatten_dict(params), frozen)))
+    values[name], penalty_grads = jax.value_and_grad(of_moving)(params)
+    grads = jax.tree.map(jnp.add, grads, penalty_grads)
+  return grads, values
 
 
 def _own_grads(passes: Sequence[Pass], decision: Decision, balancer: Balancer,

@@ -63,6 +63,7 @@ def config_of(**changes):
   return fields.complete(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.3])
 def test_every_kind_of_task_trains_on_what_is_there(fraction, tmp_path):
   """30 % of each label of train is missing; test metrics are those of examples masked by hand."""

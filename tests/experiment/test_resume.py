@@ -143,6 +143,7 @@ def test_a_diverging_run_names_task_step_and_checkpoint(tmp_path):
     loop.train(experiment, tmp_path)
 
 
+@pytest.mark.slow
 def test_many_steps_in_a_call_keep_their_records(tmp_path):
   loop.train(make(), tmp_path / "one")
   loop.train(make(**{"train.steps_per_call": 4}), tmp_path / "four")

@@ -14,6 +14,7 @@ def weights_in(folder):
           for line in records(folder) if line["split"] == "train"]
 
 
+@pytest.mark.slow
 def test_given_weights_scale_the_losses(tmp_path):
   plain = make(**{"train.steps": 1})
   weighted = make(**{"train.steps": 1, "task_weights": {"a": 2.0, "b": 0.5}})

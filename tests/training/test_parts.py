@@ -133,8 +133,7 @@ def test_a_task_without_labels_in_one_part_leaves_the_balance(name):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param("sdmgrad", marks=pytest.mark.slow), "moml",
-    pytest.param("forum", marks=pytest.mark.slow)])
+    pytest.param(name, marks=pytest.mark.slow) for name in ("sdmgrad", "moml", "forum")])
 def test_eight_devices_are_one(name):
   some_tasks, balancer = make_tasks("s", "s"), balancing.get(name)
   _, _, _, model, _ = make(("s", "s"))
