@@ -111,7 +111,8 @@ def test_many_kills(tmp_path, environment, whole, deaths):
   kill_and_compare(tmp_path, environment, whole, deaths)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_continue(tmp_path, environment, whole, number):
   folder = tmp_path / "run"
   code, err = stop_after(command(tmp_path, "run"), environment, folder, 7, number)

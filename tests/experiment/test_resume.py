@@ -55,9 +55,10 @@ DEATHS = [("step", 4), ("evaluation", 1), ("save", 1), ("after save", 1), ("step
 
 
 @pytest.mark.parametrize("fields", [
-    {"balancer.name": "uncertainty", "data.engine": "resident"},
-    {"balancer.name": "graddrop", "data.engine": "grain"},
-], ids=["resident-uncertainty", "grain-graddrop"])
+    pytest.param({"balancer.name": "uncertainty", "data.engine": "resident"},
+                 id="resident-uncertainty", marks=pytest.mark.slow),
+    pytest.param({"balancer.name": "graddrop", "data.engine": "grain"}, id="grain-graddrop"),
+])
 def test_deaths_change_nothing(tmp_path, monkeypatch, fields):
   whole = loop.train(make(**fields), tmp_path / "whole")
   broken = run_with_deaths(make(**fields), tmp_path / "broken", monkeypatch, DEATHS)
