@@ -14,7 +14,7 @@ Arguments, separated by commas after the file name:
   tasks=A[+B…]   only these tasks of the scene: the single-task run of the same trunk and budget
   independent    one trunk a task, nothing shared
 
-What to expect is in the README, as measured.
+What the first and `many` reach is in the README, as measured; `dense` has not been yet.
 """
 
 import ml_collections

@@ -16,7 +16,7 @@ Arguments, separated by commas after the file name:
   tasks=A[+B]        only these tasks, of faces and objects: the single-task runs
   independent        one trunk a task, nothing shared
 
-Measured on blood cells (BCCD) beside CIFAR-10's classes; see the README.
+What it reaches has not been measured yet.
 """
 
 import ml_collections

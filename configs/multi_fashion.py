@@ -16,7 +16,7 @@ Arguments, separated by commas after the file name:
   tasks=A[+B…]   only these tasks, of left, right and right_image: the single-task runs
   independent    one trunk a task, nothing shared
 
-What to expect is in the README, as measured.
+What it reaches has not been measured yet.
 """
 
 import ml_collections

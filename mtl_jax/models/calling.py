@@ -31,11 +31,20 @@ def call_trunk(trunk: nn.Module, images: jax.Array, train: bool, maps: bool) -> 
   return OrderedDict(call_module(trunk, images, train, "maps"))
 
 
-def stage_names(trunk: nn.Module) -> tuple[str, ...]:
-  """The names of a trunk's stages in order; ValueError where it names none."""
+def stage_names(trunk: nn.Module, where: str = "") -> tuple[str, ...]:
+  """The names of a trunk's stages in order.
+
+  Args:
+    trunk: module from images to features.
+    where: what asks, for the message; the trunk where left out.
+
+  Raises:
+    ValueError: where the trunk names no stages.
+  """
   if not hasattr(type(trunk), "stage"):
-    raise ValueError(f"{type(trunk).__name__}: expected a trunk that names its stages, between "
-                     "which tasks can part or mix, found one that is a whole; see models.Trunk")
+    kind = type(trunk).__name__
+    raise ValueError(f"{where or kind}: expected a trunk that names its stages, found {kind}; see "
+                     "models.Trunk")
   return tuple(trunk.stages)
 
 

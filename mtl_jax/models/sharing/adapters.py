@@ -6,7 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.sharing.stages import run_changed, stages_of
+from mtl_jax.models.calling import stage_names
+from mtl_jax.models.sharing.stages import run_changed
 
 
 class StageAdapters(nn.Module):
@@ -57,7 +58,7 @@ class Adapters(nn.Module):
   one_representation = False
 
   def __post_init__(self):
-    stages_of("adapters", self.trunk)
+    stage_names(self.trunk, "adapters")
     super().__post_init__()
 
   def setup(self):

@@ -17,7 +17,9 @@ class OwnPasses(nn.Module):
 
   Shared parameters lie under "trunk", those of a task under "own_<task>", and there the other
   variables of its passes, such as BatchNorm's running statistics: they are those of the network
-  that the task sees. A subclass says by `divide` and `join` how the trunk's parameters come about.
+  that the task sees. A subclass says how the trunk's parameters come about, all of them by path:
+  `divide(params, state, keys) -> (shared, {task: own})` from those of a fresh trunk, its other
+  variables and a random key for each task; and `join(shared, own) -> params` for one task.
 
   Attributes:
     trunk: module from images to features.
@@ -30,21 +32,6 @@ class OwnPasses(nn.Module):
 
   def setup(self):
     self.own = {task: self.trunk.clone(parent=None, name=None) for task in self.tasks}
-
-  def divide(self, params: Flat, state: Flat, keys: Mapping[str, jax.Array]
-             ) -> tuple[Flat, dict[str, Flat]]:
-    """The shared parameters, and each task's own, of a fresh trunk.
-
-    Args:
-      params: of the trunk, by path.
-      state: its other variables, by collection and path.
-      keys: a random key for each task.
-    """
-    raise NotImplementedError
-
-  def join(self, shared: Flat, own: Flat) -> Flat:
-    """The trunk's parameters for a task, of the shared ones and the task's own."""
-    raise NotImplementedError
 
   def __call__(self, images: Mapping[str, jax.Array], streams: Mapping[str, str],
                train: bool, maps: bool = False) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.calling import call_together
+from mtl_jax.models.calling import call_stages, call_together, stage_names
 from mtl_jax.models.sharing import gates
-from mtl_jax.models.sharing.stages import run_stages, stages_of
 
 
 class PLE(nn.Module):
@@ -60,7 +59,7 @@ class PLE(nn.Module):
   one_representation = False
 
   def __post_init__(self):
-    stages = stages_of("ple", self.trunk)
+    stages = stage_names(self.trunk, "ple")
     gates.check_count("ple", "levels", self.levels)
     gates.check_count("ple", "shared_experts", self.shared_experts)
     gates.check_count("ple", "own_experts", self.own_experts, least=0)
@@ -93,7 +92,7 @@ class PLE(nn.Module):
         entering = {task: {stream: entering[task][stream]} for task, stream in streams.items()}
 
       def outputs(trunks, inputs, stages=stages):
-        return [call_together(lambda x: run_stages(trunk, stages, x, train), inputs)  # noqa: B023
+        return [call_together(lambda x: call_stages(trunk, stages, x, train), inputs)  # noqa: B023
                 for trunk in trunks]
       shared = outputs(self.trunks[level], entering_shared)
       own = {task: outputs(self.own_trunks[task][level], x) for task, x in entering.items()}

@@ -1,30 +1,12 @@
-"""Going through a trunk stage by stage."""
+"""Going through a trunk stage by stage, changed by each task in between."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 
 from mtl_jax.models.calling import call_together
-
-
-
-def stages_of(where: str, trunk: nn.Module) -> tuple[str, ...]:
-  """Names of the trunk's stages; ValueError, which says `where`, for a trunk that has none."""
-  if not hasattr(trunk, "stages"):
-    raise ValueError(f"{where}: expected a trunk that names its stages, found "
-                     f"{type(trunk).__name__}; see models.Trunk")
-  return trunk.stages
-
-
-def run_stages(trunk: nn.Module, stages: Sequence[str], x: jax.Array,
-               train: bool) -> OrderedDict[str, jax.Array]:
-  """What each of some successive stages gives, from what enters the first of them."""
-  found = OrderedDict()
-  for stage in stages:
-    found[stage] = x = trunk.stage(stage, x, train)
-  return found
 
 
 def run_changed(trunk: nn.Module, images: Mapping[str, jax.Array], streams: Mapping[str, str],
