@@ -16,7 +16,7 @@ Arguments, separated by commas after the file name:
   tasks=A[+B]        only these tasks, of faces and objects: the single-task runs
   independent        one trunk a task, nothing shared
 
-What it reaches has not been measured yet.
+Measured on blood cells (BCCD) beside CIFAR-10's classes as faces; see the README.
 """
 
 import ml_collections
