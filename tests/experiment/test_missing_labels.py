@@ -111,6 +111,25 @@ def test_a_fraction_of_each_label_is_dropped_on_its_own():
   assert not np.isnan(column(source.splits["test"], "number")).any()
 
 
+@pytest.mark.parametrize("task", [
+    {"name": "identity", "label": "class", "head": {"name": "normalized"}},
+    {"name": "reconstruction", "label": "image", "head": {"name": "upsampling", "channels": 8}},
+], ids=["identity", "reconstruction"])
+def test_metrics_are_exact_however_a_split_is_cut(task):
+  """20 examples in batches of 8, the last one padded, as in one of 20: metrics that are gathered,
+  too, and those of the image itself, whose padding carries no missing label."""
+  found = []
+  for size in (8, 20):
+    config = tiny_config(**{"data.batch_size": 8, "data.evaluation_batch_size": size})
+    config.data.streams = {"s": {"name": "cifar10"}}
+    config.tasks = {"t": {**task, "stream": "s"}}
+    experiment = build.build(fields.complete(config),
+                             given={"s": source_of(columns(40, 0), columns(20, 1))})
+    evaluate = evaluation.evaluator(experiment, data_mesh(jax.devices()[:1]))
+    found.append(evaluate(experiment.create_state(0), "test"))
+  assert found[0] == pytest.approx(found[1], rel=1e-5) and len(found[0]) > 1
+
+
 def test_mistakes():
   with pytest.raises(UserError, match="config.data.drop_labels: expected a fraction"):
     make(**{"data.drop_labels": 1.0})

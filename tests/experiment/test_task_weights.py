@@ -24,6 +24,14 @@ def test_given_weights_scale_the_losses(tmp_path):
   np.testing.assert_allclose(two["losses"], np.array([2.0, 0.5]) * one["losses"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("power, expected", [
+    (1.0, [0.5, 1.5]), (0.0, [1.0, 1.0]), (0.5, [2 / (1 + 3**0.5), 2 * 3**0.5 / (1 + 3**0.5)]),
+    (-1.0, [1.5, 0.5])])
+def test_weights_by_hand(power, expected):
+  """One value three times the other, their powers brought to a mean of one."""
+  np.testing.assert_allclose(weigh(np.array([100.0, 300.0]), power), expected)
+
+
 def test_by_data_size(monkeypatch):
   """Stream b has a third of its labels missing: 43 - ⌊43 / 3⌋ … of equally many examples."""
   from mtl_jax.data import sources
