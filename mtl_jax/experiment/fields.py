@@ -15,10 +15,11 @@ from mtl_jax.models import HEADS, SHARINGS, TRUNKS
 from mtl_jax.tasks import KINDS
 from mtl_jax.training.optimizer import MASKS, OPTIMIZERS, SCHEDULES, optimizer
 from mtl_jax.training.penalties import PENALTIES
+from mtl_jax.training.schedules import SCHEDULES as TASK_SCHEDULES
 from mtl_jax.training.task_weights import RULES
 
 SECTIONS = ("seed", "data", "tasks", "task_weights", "trunk", "sharing", "balancer", "optimizer",
-            "penalties", "train", "init_from")
+            "penalties", "schedule", "train", "init_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TrainSection:
 
   Attributes:
     steps: length of the run in optimizer steps,
-    epochs: or in passes over the longest stream,
+    epochs: or in passes over the stream that takes longest,
     examples: or in examples of each stream.
     evaluate_every_steps: between evaluations on validation, each followed by a checkpoint;
     evaluate_every_epochs: one epoch where no unit is given;
@@ -141,6 +142,8 @@ def complete(config: ConfigDict) -> ConfigDict:
       "balancer": _balancer(found.get("balancer", {"name": "equal"}), found["tasks"]),
       "optimizer": _optimizer(found["optimizer"]),
       "penalties": _penalties(found.get("penalties", {})),
+      "schedule": sections.complete("config.schedule", found.get("schedule", {"name": "joint"}),
+                                    TASK_SCHEDULES, given=("tasks", "streams", "sizes")),
       "train": sections.arguments_of("config.train", TrainSection, found["train"]),
   }
   result["tasks"] = {name: _task(name, task, result["data"]["streams"])

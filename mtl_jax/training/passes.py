@@ -20,10 +20,11 @@ class Pass(NamedTuple):
 
   Attributes:
     losses: [T].
-    active: [T] bool, whether the batch holds a label of the task.
+    active: [T] bool, whether the task takes part and the batch holds a label of it.
     metrics: `{task: {metric: state}}`.
     model_state: the model's other variables after the pass.
-    feature_grads: gradient of each task's loss with respect to its features, by task.
+    feature_grads: gradient of each task's loss with respect to its features, by task; None for a
+      task that takes no part.
     pull_shared: from cotangents of all tasks' features to the gradients of shared parameters, as
       the model nests them.
     own_grads: gradient of each owned parameter, of the loss of the task that owns it.
@@ -39,18 +40,27 @@ class Pass(NamedTuple):
 
 
 class PassOf(NamedTuple):
-  """What a pass is made of besides parameters and batch: model, tasks, their weights, keys, and
-  patterns of the parameters that stand still, whose gradients are zero."""
+  """What a pass is made of besides parameters and batch.
+
+  Attributes:
+    model: the model.
+    tasks: the T tasks.
+    task_weights: [T]; a task whose weight is 0 is not active.
+    rngs: keys by purpose.
+    frozen: patterns of the parameters that stand still, whose gradients are zero.
+    only: names of the tasks that take part; all where it is None.
+  """
 
   model: MultiTaskModel
   tasks: Sequence[Task]
   task_weights: jax.Array
   rngs: Mapping[str, jax.Array]
   frozen: Sequence[str] = ()
+  only: Sequence[str] | None = None
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
-    model, tasks = self.model, self.tasks
+    model, tasks = self.model, self.taking_part
     collections = list(model_state)
     flat = flatten_dict(params)
     shared = {path: x for path, x in flat.items() if model.owner(path) is None}
@@ -59,32 +69,49 @@ class PassOf(NamedTuple):
 
     def features_of(shared: Flat, owned: Flat) -> tuple[dict[str, Any], Any]:
       variables = {"params": self._held({**shared, **owned}), **model_state}
-      features, new_state = apply(variables, batch, method="features")
+      features, new_state = apply(variables, batch, only=self.only, method="features")
       return {task.name: features[task.name] for task in tasks}, new_state
 
     def losses_of(owned: Flat, features: dict[str, Any]) -> tuple[jax.Array, Any]:
       variables = {"params": self._held({**shared, **owned}), **middle_state}
       outputs, new_state = apply(variables, features, method="outputs")
-      losses, active = task_losses(tasks, outputs, batch)
+      losses, active = self._losses_of(outputs, batch)
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
-      return losses * self.task_weights, (active, metrics, new_state)
+      return losses, (active, metrics, new_state)
 
     features, pull, middle_state = jax.vjp(features_of, shared, owned, has_aux=True)
     losses, pull_losses, (active, metrics, new_state) = jax.vjp(
         losses_of, owned, features, has_aux=True)
     # Each owned parameter reaches one loss only, so one unweighted pass serves them all.
     head_grads, feature_grads = pull_losses(jnp.ones_like(losses))
-    feature_grads = {task.name: feature_grads[task.name] for task in tasks}  # jax sorts dicts
     own_grads = jax.tree.map(jnp.add, head_grads, pull(feature_grads)[1])
-    return Pass(losses, active, metrics, new_state, feature_grads,
-                lambda cotangents: unflatten_dict(pull(cotangents)[0]), own_grads)
+    feature_grads = {task.name: feature_grads.get(task.name) for task in self.tasks}
+
+    def pull_shared(cotangents: Mapping[str, Any]) -> Any:
+      taken = {task: x for task, x in cotangents.items() if x is not None}
+      return unflatten_dict(pull(taken)[0])
+    return Pass(losses, active, metrics, new_state, feature_grads, pull_shared, own_grads)
 
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
     held = self._held(flatten_dict(params))
     outputs, _ = self.model.apply({"params": held, **model_state}, batch, train=True,
-                                  mutable=list(model_state), rngs=self.rngs)
-    return task_losses(self.tasks, outputs, batch)[0] * self.task_weights
+                                  only=self.only, mutable=list(model_state), rngs=self.rngs)
+    return self._losses_of(outputs, batch)[0]
+
+  @property
+  def taking_part(self) -> tuple[Task, ...]:
+    """The tasks that take part, in their order."""
+    return tuple(task for task in self.tasks if self.only is None or task.name in self.only)
+
+  def _losses_of(self, outputs: Mapping[str, Any], batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Weighted losses [T], 0 of those that take no part, and which tasks are active, [T]."""
+    losses, active = task_losses(self.taking_part, outputs, batch)
+    if self.only is not None:
+      places = jnp.array([i for i, task in enumerate(self.tasks) if task.name in self.only])
+      losses = jnp.zeros(len(self.tasks), losses.dtype).at[places].set(losses)
+      active = jnp.zeros(len(self.tasks), jnp.bool_).at[places].set(active)
+    return losses * self.task_weights, active & (self.task_weights > 0)
 
   def _held(self, flat: Flat) -> Any:
     return unflatten_dict(hold(flat, self.frozen))
