@@ -140,7 +140,7 @@ def test_what_an_absent_task_owns_stands_still():
   for path, before in flatten_dict(moving.params).items():
     stands = model.owner(path) not in (None, "t0")
     assert np.array_equal(before, flatten_dict(new.params)[path]) == stands, path
-    mu = lambda state, path=path: flatten_dict(state.opt_state[0].mu)[path]
+    mu = lambda state, path=path: flatten_dict(state.opt_state[0][0].mu)[path]
     assert np.array_equal(mu(moving), mu(new)) == stands, path
 
 
