@@ -139,7 +139,7 @@ def _input_gradient(ct: jax.Array, kernel: jax.Array, *, window: _Window) -> jax
 
 def _kernel_gradient(x: jax.Array, ct: jax.Array, *, window: _Window) -> jax.Array:
   """[B, H, W, C], [B, H', W', D] -> [h, w, C, D]; summed in float32 or better."""
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  dtype = _sum_dtype(x)
   if window.pointwise:
     x = _positions(x, window).reshape(-1, x.shape[3])
     return _dot(x.T, ct.reshape(-1, ct.shape[3])).reshape(1, 1, x.shape[1], -1)
@@ -174,9 +174,11 @@ def _sum_over_slices(of: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Arr
     return x.reshape(size, count, *x.shape[1:])
 
   x, ct = sliced(x), sliced(ct)
+
   def one(i: jax.Array) -> jax.Array:
     return of(lax.dynamic_index_in_dim(x, i, 1, keepdims=False),
               lax.dynamic_index_in_dim(ct, i, 1, keepdims=False))
+
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
   return lax.fori_loop(0, count, lambda i, total: total + one(i), zeros)
 
@@ -188,17 +190,22 @@ def _positions(x: jax.Array, window: _Window) -> jax.Array:
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
   """[…, N], [N, M] -> […, M], summed in float32 or better."""
-  dtype = jnp.promote_types(a.dtype, jnp.float32)
-  product = lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+  product = lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())),
+                            preferred_element_type=_sum_dtype(a))
   return product.astype(a.dtype)
+
+
+def _sum_dtype(x: jax.Array) -> jnp.dtype:
+  return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def _canonical(x: jax.Array, kernel: jax.Array, strides: Sequence[int],
                padding: Sequence[tuple[int, int]], lhs_dilation: Sequence[int] = (1, 1),
                rhs_dilation: Sequence[int] = (1, 1)) -> jax.Array:
   """XLA's convolution in its fast layout; a stride-1 one of few channels with zeros for more."""
-  missing = _PACKET - x.shape[3]
-  if missing > 0 and tuple(strides) == tuple(lhs_dilation) == (1, 1):
+  few = isinstance(x.shape[3], int) and x.shape[3] < _PACKET
+  if few and tuple(strides) == tuple(lhs_dilation) == (1, 1):
+    missing = _PACKET - x.shape[3]
     x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)])
     kernel = jnp.pad(kernel, [(0, 0), (0, 0), (0, missing), (0, 0)])
   return lax.conv_general_dilated(x, kernel, strides, padding, lhs_dilation=lhs_dilation,
