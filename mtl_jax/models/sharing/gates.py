@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.operators import Conv
+
 GATE_INPUTS = ("stem", "pixels")
 _WIDTH = 16  # of the stem
 _GRID = 4  # cells a side that pixels are pooled to
@@ -36,7 +38,7 @@ class GateInput(nn.Module):
     is_image = x.ndim == 4
     if self.reads == "stem":
       if is_image:
-        return nn.relu(nn.Conv(_WIDTH, (3, 3), (2, 2), name="stem")(x)).mean(axis=(1, 2))
+        return nn.relu(Conv(_WIDTH, (3, 3), (2, 2), name="stem")(x)).mean(axis=(1, 2))
       return nn.relu(nn.Dense(_WIDTH, name="stem")(x.reshape(x.shape[0], -1)))
     if is_image:
       x = jax.image.resize(x, (x.shape[0], _GRID, _GRID, x.shape[3]), "linear")

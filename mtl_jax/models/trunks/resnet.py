@@ -10,6 +10,7 @@ import functools
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.operators import Conv, max_pool
 from mtl_jax.models.trunks.trunk import Trunk, check_images
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -17,7 +18,7 @@ _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def _conv(channels: int, size: int, stride: int, name: str) -> nn.Conv:
   # linen's "SAME" pads (0, 1) under stride 2; torchvision pads both sides.
-  return nn.Conv(channels, (size, size), (stride, stride), padding=[(size // 2, size // 2)] * 2,
+  return Conv(channels, (size, size), (stride, stride), padding=[(size // 2, size // 2)] * 2,
                  use_bias=False, kernel_init=_kaiming, name=name)
 
 
@@ -84,7 +85,7 @@ class ResNet(Trunk):
     size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
     x = nn.relu(norm(name="bn1")(_conv(self.channels, size, stride, "conv1")(images)))
     if self.stem == "imagenet":
-      x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+      x = max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
     return x
 
 
