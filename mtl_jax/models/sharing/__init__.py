@@ -10,6 +10,7 @@ import flax.linen as nn
 
 from mtl_jax.models.calling import stage_place
 from mtl_jax.models.sharing.adapters import Adapters
+from mtl_jax.models.sharing.adashare import AdaShare
 from mtl_jax.models.sharing.cgc import CGC
 from mtl_jax.models.sharing.columns import check_columns
 from mtl_jax.models.sharing.cross_stitch import CrossStitch
@@ -140,6 +141,7 @@ SHARINGS = {
     "mtan": mtan,
     "soft": soft,
     "learned_branching": learned_branching,
+    "adashare": AdaShare,
     "mmoe": MMoE,
     "cgc": CGC,
     "ple": PLE,
