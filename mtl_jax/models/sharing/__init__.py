@@ -3,7 +3,8 @@
 A sharing module names, by `owner(path)`, the task that alone owns a parameter; what nobody owns is
 shared, and balancing acts on that. It is called `(images, streams, train)`, and with `maps=True`
 where a head reads the maps of the trunk's stages. One that adds terms to the loss gives them by
-`penalties(params)`, a pure function of its own parameters: `{name: []}`.
+`penalties(params)`, a pure function of its own parameters: `{name: []}`; those that depend on the
+batch it sows, in training, in the collection "penalties" under their names (`gates.sow_entropy`).
 """
 
 import flax.linen as nn
