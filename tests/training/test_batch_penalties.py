@@ -148,7 +148,7 @@ def test_the_step_descends_the_losses_and_the_entropy_of_all_gates(name):
 
 
 @pytest.mark.parametrize("name, extra", [
-    ("mgda", {"diagnose_every": 1, "gradients": "features"}),
+    ("imtl_g", {"diagnose_every": 1, "gradients": "features"}),
     *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("modo", "auto_lambda", "famo"))])
 def test_it_is_added_after_balancing_whatever_the_balancer(name, extra):
   """Weights, Gramian and what the balancer keeps do not see it; parts and look-aheads work."""
