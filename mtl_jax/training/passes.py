@@ -1,7 +1,6 @@
 """A forward pass of the model on a batch, or on a part of one, and the way back through it."""
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -28,6 +27,7 @@ class Pass(NamedTuple):
     pull_shared: from cotangents of all tasks' features to the gradients of shared parameters, as
       the model nests them.
     own_grads: gradient of each owned parameter, of the loss of the task that owns it.
+    penalties: names of those that depend on the batch; see `PassOf.penalties`.
   """
 
   losses: jax.Array
@@ -37,6 +37,7 @@ class Pass(NamedTuple):
   feature_grads: dict[str, Any]
   pull_shared: Callable[[Mapping[str, Any]], Any]
   own_grads: Flat
+  penalties: tuple[str, ...]
 
 
 class PassOf(NamedTuple):
@@ -61,25 +62,23 @@ class PassOf(NamedTuple):
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
     model, tasks = self.model, self.taking_part
-    collections = list(model_state)
     flat = flatten_dict(params)
     shared = {path: x for path, x in flat.items() if model.owner(path) is None}
     owned = {path: x for path, x in flat.items() if model.owner(path) is not None}
-    apply = functools.partial(model.apply, train=True, mutable=collections, rngs=self.rngs)
 
     def features_of(shared: Flat, owned: Flat) -> tuple[dict[str, Any], Any]:
-      variables = {"params": self._held({**shared, **owned}), **model_state}
-      features, new_state = apply(variables, batch, only=self.only, method="features")
-      return {task.name: features[task.name] for task in tasks}, new_state
+      features, *rest = self._features(self._held({**shared, **owned}), model_state, batch)
+      return {task.name: features[task.name] for task in tasks}, rest
 
     def losses_of(owned: Flat, features: dict[str, Any]) -> tuple[jax.Array, Any]:
       variables = {"params": self._held({**shared, **owned}), **middle_state}
-      outputs, new_state = apply(variables, features, method="outputs")
+      outputs, new_state = model.apply(variables, features, train=True, method="outputs",
+                                       mutable=list(model_state), rngs=self.rngs)
       losses, active = self._losses_of(outputs, batch)
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
       return losses, (active, metrics, new_state)
 
-    features, pull, middle_state = jax.vjp(features_of, shared, owned, has_aux=True)
+    features, pull, (middle_state, penalties) = jax.vjp(features_of, shared, owned, has_aux=True)
     losses, pull_losses, (active, metrics, new_state) = jax.vjp(
         losses_of, owned, features, has_aux=True)
     # Each owned parameter reaches one loss only, so one unweighted pass serves them all.
@@ -90,7 +89,8 @@ class PassOf(NamedTuple):
     def pull_shared(cotangents: Mapping[str, Any]) -> Any:
       taken = {task: x for task, x in cotangents.items() if x is not None}
       return unflatten_dict(pull(taken)[0])
-    return Pass(losses, active, metrics, new_state, feature_grads, pull_shared, own_grads)
+    return Pass(losses, active, metrics, new_state, feature_grads, pull_shared, own_grads,
+                tuple(penalties))
 
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
@@ -112,6 +112,25 @@ class PassOf(NamedTuple):
       losses = jnp.zeros(len(self.tasks), losses.dtype).at[places].set(losses)
       active = jnp.zeros(len(self.tasks), jnp.bool_).at[places].set(active)
     return losses * self.task_weights, active & (self.task_weights > 0)
+
+  def penalties(self, params: Any, model_state: Any, batch: Any) -> dict[str, jax.Array]:
+    """What the sharing architecture adds to the loss on this batch, `{name: []}`.
+
+    Its modules `sow` it in the collection "penalties"; values of one name add up. Where little of
+    the pass is needed for it XLA drops the rest, and shares with `forward` what is the same.
+    """
+    return self._features(params, model_state, batch)[2]
+
+  def _features(self, params: Any, model_state: Any,
+                batch: Any) -> tuple[dict[str, Any], Any, dict[str, jax.Array]]:
+    """Features in training mode, the other variables after the pass, and penalties by name."""
+    features, new_state = self.model.apply(
+        {"params": params, **model_state}, batch, train=True, only=self.only, method="features",
+        mutable=[*model_state, "penalties"], rngs=self.rngs)
+    penalties = {}
+    for (*_, name), values in flatten_dict(new_state.pop("penalties", {})).items():
+      penalties[name] = sum(values, penalties.get(name, jnp.zeros(())))
+    return features, new_state, penalties
 
   def _held(self, flat: Flat) -> Any:
     return unflatten_dict(hold(flat, self.frozen))

@@ -43,7 +43,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     optimizer: an optax optimizer.
     gradients: engine of the task gradients, "exact" or "features".
     penalties: functions of the parameters by name, added to the loss after balancing, as are
-      those of the model's sharing architecture.
+      those of the model's sharing architecture, which may depend on the batch.
     diagnose_every: at each so many-th step the exact Gramian is taken for the logs, whatever the
       balancer and the engine; 0 for never.
     frozen: patterns of parameters (see `parameter_groups.matches`) whose gradients count as zero,
@@ -88,7 +88,9 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   grads = unflatten_dict({**flatten_dict(shared_grads),
                           **_own_grads(passes, decision, balancer, model, tasks)})
 
-  grads, penalty_values = _penalised(grads, model, state.params, penalties or {}, frozen)
+  of_batch = {name: lambda params, name=name: of(rngs).penalties(
+      params, state.model_state, batch)[name] for name in passes[0].penalties}
+  grads, penalty_values = _penalised(grads, model, state.params, of_batch, penalties or {}, frozen)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   if only is not None:
@@ -126,16 +128,17 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
 
 
 def _penalised(grads: Any, model: MultiTaskModel, params: Any,
+               of_batch: Mapping[str, Callable[[Any], jax.Array]],
                penalties: Mapping[str, Callable[[Any], jax.Array]],
                frozen: Sequence[str]) -> tuple[Any, dict[str, jax.Array]]:
   """Gradients with those of the penalties, given and of the sharing architecture; their values."""
   own = {name: lambda params, name=name: model.penalties(params)[name]
          for name in jax.eval_shape(model.penalties, params)}
-  if twice := sorted(own.keys() & penalties.keys()):
+  if twice := sorted(own.keys() & of_batch.keys() | (own | of_batch).keys() & penalties.keys()):
     raise ValueError(f"penalties: expected names that the sharing architecture does not use "
                      f"itself, found {twice}")
   values = {}
-  for name, penalty in {**own, **penalties}.items():
+  for name, penalty in {**own, **of_batch, **penalties}.items():
     def of_moving(params, penalty=penalty):
       return penalty(unflatten_dict(hold(flatten_dict(params), frozen)))
     values[name], penalty_grads = jax.value_and_grad(of_moving)(params)

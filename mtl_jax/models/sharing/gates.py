@@ -50,6 +50,32 @@ def softmax_gate(logits: jax.Array) -> jax.Array:
   return nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
+def entropy(shares: jax.Array) -> jax.Array:
+  """Sum of the entropies in nats of distributions along the last axis; zero shares add nothing.
+
+  >>> [round(float(entropy(jnp.array(x))), 4) for x in ([0.5, 0.5, 0.0], [0.25] * 4)]
+  [0.6931, 1.3863]
+  """
+  safe = jnp.where(shares > 0, shares, 1.0)
+  return -jnp.sum(safe * jnp.log(safe))
+
+
+def sow_entropy(module: nn.Module, name: str, strength: float, shares: jax.Array,
+                train: bool) -> None:
+  """Adds to a penalty of this pass, in training: `strength` times the entropy an example has.
+
+  Args:
+    module: whose pass it is.
+    name: of the penalty, in the collection "penalties", whence the training step takes it.
+    strength: at 0 nothing is added, nor computed.
+    shares: [B, …, E], distributions along the last axis; their entropies are averaged over the
+      batch, and summed over what lies between.
+    train: whether the pass is one of training.
+  """
+  if strength and train and not module.is_initializing():
+    module.sow("penalties", name, strength * entropy(shares) / shares.shape[0])
+
+
 def mix(weights: jax.Array, outputs: Sequence[Any]) -> Any:
   """The weighted sum of the experts' outputs, example by example.
 
