@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.tasks import Task, task_losses, task_metrics
 from mtl_jax.training.parameter_groups import hold
+from mtl_jax.training.precision import apply
 
 Flat = Mapping[tuple[str, ...], jax.Array]  # parameters, or gradients of them, by path
 
@@ -39,14 +40,16 @@ class Pass(NamedTuple):
 
 
 class PassOf(NamedTuple):
-  """What a pass is made of besides parameters and batch: model, tasks, their weights, keys, and
-  patterns of the parameters that stand still, whose gradients are zero."""
+  """What a pass is made of besides parameters and batch: model, tasks, their weights, keys,
+  patterns of the parameters that stand still, whose gradients are zero, and the precision in which
+  the model computes."""
 
   model: MultiTaskModel
   tasks: Sequence[Task]
   task_weights: jax.Array
   rngs: Mapping[str, jax.Array]
   frozen: Sequence[str] = ()
+  precision: str = "float32"
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
@@ -55,16 +58,17 @@ class PassOf(NamedTuple):
     flat = flatten_dict(params)
     shared = {path: x for path, x in flat.items() if model.owner(path) is None}
     owned = {path: x for path, x in flat.items() if model.owner(path) is not None}
-    apply = functools.partial(model.apply, train=True, mutable=collections, rngs=self.rngs)
+    run = functools.partial(apply, model, precision=self.precision, train=True,
+                            mutable=collections, rngs=self.rngs)
 
     def features_of(shared: Flat, owned: Flat) -> tuple[dict[str, Any], Any]:
       variables = {"params": self._held({**shared, **owned}), **model_state}
-      features, new_state = apply(variables, batch, method="features")
+      features, new_state = run(variables, batch, method="features")
       return {task.name: features[task.name] for task in tasks}, new_state
 
     def losses_of(owned: Flat, features: dict[str, Any]) -> tuple[jax.Array, Any]:
       variables = {"params": self._held({**shared, **owned}), **middle_state}
-      outputs, new_state = apply(variables, features, method="outputs")
+      outputs, new_state = run(variables, features, method="outputs")
       losses, active = task_losses(tasks, outputs, batch)
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
       return losses * self.task_weights, (active, metrics, new_state)
@@ -82,8 +86,8 @@ class PassOf(NamedTuple):
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
     held = self._held(flatten_dict(params))
-    outputs, _ = self.model.apply({"params": held, **model_state}, batch, train=True,
-                                  mutable=list(model_state), rngs=self.rngs)
+    outputs, _ = apply(self.model, {"params": held, **model_state}, batch, self.precision,
+                       train=True, mutable=list(model_state), rngs=self.rngs)
     return task_losses(self.tasks, outputs, batch)[0] * self.task_weights
 
   def _held(self, flat: Flat) -> Any:
