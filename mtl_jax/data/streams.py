@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 import zlib
 
-import grain
 import jax
 import numpy as np
 
@@ -115,6 +114,7 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, s
     num_processes: how many share each batch.
     num_threads: that read ahead.
   """
+  import grain
   iterators = {}
   for stream, examples in streams.items():
     records = _Records(stream, examples, labels[stream])
