@@ -11,7 +11,6 @@ import itertools
 from typing import Any
 import zlib
 
-import grain
 import jax
 import numpy as np
 
@@ -119,6 +118,7 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
     num_processes: how many share each batch.
     num_threads: that read ahead.
   """
+  import grain
   iterators = {}
   for stream, examples in streams.items():
     records = _Records(stream, examples, labels[stream])

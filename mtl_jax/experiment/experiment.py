@@ -137,10 +137,11 @@ class Experiment:
                         optimizer=self.optimizer, gradients=self.config.train.gradients,
                         penalties=self.penalties,
                         diagnose_every=self.config.train.diagnose_every_steps or 0, frozen=frozen,
-                        **taking_part)
+                        precision=self.config.train.precision, **taking_part)
     return scheduled_step(state, batch, schedule=self.schedule, num_steps=self.num_steps, step=step)
 
   def eval_step(self, state: Any, batch: Any) -> dict[str, Any]:
     """Metric states of a batch with uint8 images."""
     batch = self.preprocess(batch, state.seed, state.step, train=False)
-    return eval_step(state, batch, model=self.model, tasks=self.tasks)
+    return eval_step(state, batch, model=self.model, tasks=self.tasks,
+                     precision=self.config.train.precision)

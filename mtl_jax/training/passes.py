@@ -1,6 +1,7 @@
 """A forward pass of the model on a batch, or on a part of one, and the way back through it."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.tasks import Task, task_losses, task_metrics
 from mtl_jax.training.parameter_groups import hold
+from mtl_jax.training.precision import apply
 
 Flat = Mapping[tuple[str, ...], jax.Array]  # parameters, or gradients of them, by path
 
@@ -50,6 +52,7 @@ class PassOf(NamedTuple):
     rngs: keys by purpose.
     frozen: patterns of the parameters that stand still, whose gradients are zero.
     only: names of the tasks that take part; all where it is None.
+    precision: in which the model computes.
   """
 
   model: MultiTaskModel
@@ -58,6 +61,7 @@ class PassOf(NamedTuple):
   rngs: Mapping[str, jax.Array]
   frozen: Sequence[str] = ()
   only: Sequence[str] | None = None
+  precision: str = "float32"
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
@@ -65,6 +69,7 @@ class PassOf(NamedTuple):
     flat = flatten_dict(params)
     shared = {path: x for path, x in flat.items() if model.owner(path) is None}
     owned = {path: x for path, x in flat.items() if model.owner(path) is not None}
+    run = functools.partial(apply, model, precision=self.precision, train=True, rngs=self.rngs)
 
     def features_of(shared: Flat, owned: Flat) -> tuple[dict[str, Any], Any]:
       features, *rest = self._features(self._held({**shared, **owned}), model_state, batch)
@@ -72,8 +77,7 @@ class PassOf(NamedTuple):
 
     def losses_of(owned: Flat, features: dict[str, Any]) -> tuple[jax.Array, Any]:
       variables = {"params": self._held({**shared, **owned}), **middle_state}
-      outputs, new_state = model.apply(variables, features, train=True, method="outputs",
-                                       mutable=list(model_state), rngs=self.rngs)
+      outputs, new_state = run(variables, features, method="outputs", mutable=list(model_state))
       losses, active = self._losses_of(outputs, batch)
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
       return losses, (active, metrics, new_state)
@@ -95,8 +99,8 @@ class PassOf(NamedTuple):
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
     held = self._held(flatten_dict(params))
-    outputs, _ = self.model.apply({"params": held, **model_state}, batch, train=True,
-                                  only=self.only, mutable=list(model_state), rngs=self.rngs)
+    outputs, _ = apply(self.model, {"params": held, **model_state}, batch, self.precision,
+                       train=True, only=self.only, mutable=list(model_state), rngs=self.rngs)
     return self._losses_of(outputs, batch)[0]
 
   @property
@@ -124,9 +128,9 @@ class PassOf(NamedTuple):
   def _features(self, params: Any, model_state: Any,
                 batch: Any) -> tuple[dict[str, Any], Any, dict[str, jax.Array]]:
     """Features in training mode, the other variables after the pass, and penalties by name."""
-    features, new_state = self.model.apply(
-        {"params": params, **model_state}, batch, train=True, only=self.only, method="features",
-        mutable=[*model_state, "penalties"], rngs=self.rngs)
+    features, new_state = apply(
+        self.model, {"params": params, **model_state}, batch, self.precision, train=True,
+        only=self.only, method="features", mutable=[*model_state, "penalties"], rngs=self.rngs)
     penalties = {}
     for (*_, name), values in flatten_dict(new_state.pop("penalties", {})).items():
       penalties[name] = sum(values, penalties.get(name, jnp.zeros(())))

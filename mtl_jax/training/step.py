@@ -16,6 +16,7 @@ from mtl_jax.tasks import Task, empty_metrics, merge_metrics, task_metrics
 from mtl_jax.training.lookahead import look_ahead
 from mtl_jax.training.parameter_groups import hold, kept
 from mtl_jax.training.passes import Flat, Pass, PassOf, cut
+from mtl_jax.training.precision import apply
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.task_gradients import Backward, balance, diagnose
 
@@ -28,6 +29,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                penalties: Mapping[str, Callable[[Any], jax.Array]] | None = None,
                diagnose_every: int = 0,
                frozen: Sequence[str] = (),
+               precision: str = "float32",
                only: Sequence[str] | None = None,
                factors: jax.Array | None = None) -> tuple[TrainState, dict[str, Any]]:
   """One optimizer step on the weighted sum of the tasks' losses.
@@ -48,6 +50,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       balancer and the engine; 0 for never.
     frozen: patterns of parameters (see `parameter_groups.matches`) whose gradients count as zero,
       also in the balance; the optimizer must leave them alone, too (`optimizer.by_part`).
+    precision: in which trunk and heads compute, "float32" or "bfloat16"; losses, inner products,
+      the optimizer and all state are float32 under either (see `precision.apply`).
     only: names of the tasks that take part; the heads and streams of the others are not in the
       program at all, and what those tasks own stands still. All where it is None.
     factors: [T], by which the state's task weights are multiplied in this step; a task of factor 0
@@ -61,12 +65,13 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     step's weights are from those of the exact Gramian.
 
   Raises:
-    ValueError: where a stream has fewer examples than the balancer asks for parts, or a penalty
-      has the name of one of the sharing architecture.
+    ValueError: where a stream has fewer examples than the balancer asks for parts, a penalty has
+      the name of one of the sharing architecture, or the precision is unknown.
   """
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
   task_weights = state.task_weights if factors is None else state.task_weights * factors
-  of = functools.partial(PassOf, model, tasks, task_weights, frozen=frozen, only=only)
+  of = functools.partial(PassOf, model, tasks, task_weights, frozen=frozen, only=only,
+                         precision=precision)
   parts, passes, model_state = cut(batch, balancer.parts), [], state.model_state
   for number, part in enumerate(parts):
     keys = rngs if number == 0 else {k: jax.random.fold_in(v, number) for k, v in rngs.items()}
@@ -187,11 +192,12 @@ def _metrics(passes: Sequence[Pass], state: TrainState, batch: Batch, model: Mul
 
 
 def eval_step(state: TrainState, batch: Batch, *, model: MultiTaskModel,
-              tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+              tasks: Sequence[Task], precision: str = "float32") -> dict[str, dict[str, Any]]:
   """Metric states `{task: {metric: state}}` of one batch; examples without label do not count.
 
   Merge the states of several batches with `tasks.merge_metrics` and read them with
-  `tasks.compute_metrics`.
+  `tasks.compute_metrics`. Arguments are those of `train_step`.
   """
-  outputs = model.apply({"params": state.params, **state.model_state}, batch, train=False)
+  outputs = apply(model, {"params": state.params, **state.model_state}, batch, precision,
+                  train=False)
   return task_metrics(tasks, outputs, batch)
