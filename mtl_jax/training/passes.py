@@ -26,6 +26,8 @@ class Pass(NamedTuple):
     feature_grads: gradient of each task's loss with respect to its features, by task.
     pull_shared: from cotangents of all tasks' features to the gradients of shared parameters, as
       the model nests them.
+    push_shared: from tangents of shared parameters, nested so, to those of all tasks' features;
+      None where it was not asked for.
     own_grads: gradient of each owned parameter, of the loss of the task that owns it.
   """
 
@@ -35,18 +37,21 @@ class Pass(NamedTuple):
   model_state: Any
   feature_grads: dict[str, Any]
   pull_shared: Callable[[Mapping[str, Any]], Any]
+  push_shared: Callable[[Any], dict[str, Any]] | None
   own_grads: Flat
 
 
 class PassOf(NamedTuple):
   """What a pass is made of besides parameters and batch: model, tasks, their weights, keys, and
-  patterns of the parameters that stand still, whose gradients are zero."""
+  patterns of the parameters that stand still, whose gradients are zero; and whether the features
+  are also differentiated forwards."""
 
   model: MultiTaskModel
   tasks: Sequence[Task]
   task_weights: jax.Array
   rngs: Mapping[str, jax.Array]
   frozen: Sequence[str] = ()
+  forwards: bool = False
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
@@ -69,15 +74,22 @@ class PassOf(NamedTuple):
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
       return losses * self.task_weights, (active, metrics, new_state)
 
-    features, pull, middle_state = jax.vjp(features_of, shared, owned, has_aux=True)
+    push = None
+    if self.forwards:
+      features, push, middle_state = _linearized(features_of, shared, owned)
+      pull = jax.linear_transpose(push, shared, owned)
+    else:
+      features, pull, middle_state = jax.vjp(features_of, shared, owned, has_aux=True)
     losses, pull_losses, (active, metrics, new_state) = jax.vjp(
         losses_of, owned, features, has_aux=True)
     # Each owned parameter reaches one loss only, so one unweighted pass serves them all.
     head_grads, feature_grads = pull_losses(jnp.ones_like(losses))
     feature_grads = {task.name: feature_grads[task.name] for task in tasks}  # jax sorts dicts
     own_grads = jax.tree.map(jnp.add, head_grads, pull(feature_grads)[1])
+    still = jax.tree.map(jnp.zeros_like, owned)
     return Pass(losses, active, metrics, new_state, feature_grads,
-                lambda cotangents: unflatten_dict(pull(cotangents)[0]), own_grads)
+                lambda cotangents: unflatten_dict(pull(cotangents)[0]),
+                push and (lambda tangents: push(flatten_dict(tangents), still)), own_grads)
 
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
@@ -88,6 +100,22 @@ class PassOf(NamedTuple):
 
   def _held(self, flat: Flat) -> Any:
     return unflatten_dict(hold(flat, self.frozen))
+
+
+def _linearized(function: Callable[..., tuple[Any, Any]], *primals: Any) -> tuple[Any, Any, Any]:
+  """Value, derivative and the rest, as `jax.linearize` gives them.
+
+  Raises:
+    ValueError: where the function cannot be differentiated forwards.
+  """
+  try:
+    return jax.linearize(function, *primals, has_aux=True)
+  except TypeError as error:
+    if "forward-mode" not in str(error):
+      raise
+    raise ValueError("gradients: expected a trunk that can be differentiated forwards, found one "
+                     "with a jax.custom_vjp; use 'exact' or 'features', or jax.custom_jvp"
+                     ) from error
 
 
 def cut(batch: Mapping[str, Mapping[str, jax.Array]], parts: int) -> list[Any]:
