@@ -86,16 +86,22 @@ def _search(signals: Signals, state: search.SearchState, radius: jax.Array,
             count: int) -> tuple[jax.Array, search.SearchState]:
   """The push [T], by a search that starts between the mean and where the last one ended."""
   active, dtype = signals.active, state.point.dtype
+  any_task = lambda weights: signals.products(weights).astype(dtype)
   equal = of_active(None, active, dtype)
-  overlaps = search.within(lambda w: signals.products(w).astype(dtype), active)(equal)
-  live = active & (overlaps != 0)  # a zero gradient counts in the mean only
-  product = search.within(lambda w: signals.products(w).astype(dtype), live)
-  mean = jnp.sqrt(jnp.maximum(jnp.sum(equal * overlaps), 0))
-  linear = overlaps / (radius * jnp.where(mean > 0, mean, 1))
+  image = search.within(any_task, active)(equal)
+  live = active & (image != 0)  # a zero gradient counts in the mean only
+  product, unit = search.scaled(search.within(any_task, live), image)
+  image /= unit
+  mean = jnp.sqrt(jnp.maximum(jnp.sum(equal * image), 0))
+  linear = image / (radius * jnp.where(mean > 0, mean, 1))
 
-  way = jnp.where(live, masked.shares(state.point, live, dtype) - equal, 0)
-  place = search.along(search.Place(equal, overlaps, state.step), way, product(way), linear)
+  start = of_active(None, live, dtype)
+  place = search.Place(start, image * masked.count(active, dtype) / masked.count(live, dtype),
+                       state.step * unit)
+  way = masked.shares(state.point, live, dtype) - start
+  place = search.along(place, way, product(way), linear)
   place = search.descend(product, place, live, count - 2, linear)
   push = place.point * mean / jnp.maximum(place.length, jnp.where(mean > 0, mean / 1000, 1))
-  state = search.SearchState(masked.with_shares(state.point, place.point, live), place.step)
+  state = search.SearchState(masked.with_shares(state.point, place.point, live),
+                             place.step / unit)
   return jnp.where(active, jnp.where(mean > 0, push, equal), 0), state

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from mtl_jax.balancing import hyperparameters, masked, search, solvers
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
+from mtl_jax.balancing.preference import of_active
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
@@ -81,9 +82,10 @@ def _search(signals: Signals, state: search.SearchState, by_loss: bool,
   product = search.within(
       lambda shares: inverse * signals.products(inverse * shares).astype(dtype), active)
   start = masked.shares(state.point, active, dtype)
-  place = search.Place(start, product(start), state.step)
+  image = product(start)
+  product, unit = search.scaled(product, image)
+  place = search.Place(start, image / unit, state.step * unit)
   place = search.descend(product, place, active, count - 1)
-  zeros = ~jnp.any(place.image)
-  shares = jnp.where(zeros, active / masked.count(active, dtype), place.point)
-  state = search.SearchState(masked.with_shares(state.point, shares, active), place.step)
+  shares = jnp.where(jnp.any(image), place.point, of_active(None, active, dtype))
+  state = search.SearchState(masked.with_shares(state.point, shares, active), place.step / unit)
   return Decision(jnp.where(active, inverse * shares, 0)), state

@@ -16,7 +16,7 @@ class SearchState(NamedTuple):
 
   Attributes:
     point: [T] sums to one.
-    step: [] what the gradient was multiplied with, in units of its own product; 0 before the first.
+    step: [] size of the next projected gradient step, in units of one over `G`; 0 at first.
   """
 
   point: jax.Array
@@ -54,11 +54,10 @@ def descend(product: Product, place: Place, active: jax.Array, count: int,
   Projected gradients, each with the best length along its way, which one product tells; the step
   size is twice the inverse of the curvature along the way before (Barzilai and Borwein, IMA J.
   Numer. Anal. 1988). The products tell the gradient where they end, too, so that one more step,
-  half as bold, is free. Multiplying the gradients by a number multiplies `G` and `linear` by its
-  square and itself, and changes no place.
+  half as bold, is free.
 
   Args:
-    product: from `w` to `G w`; where inactive, 0.
+    product: from `w` to `G w`; where inactive, 0. `G` is of order one, see `scaled`.
     place: the start.
     active: [T] bool, the tasks that weights are sought for.
     count: products to ask for.
@@ -104,6 +103,13 @@ def along(place: Place, way: jax.Array, image: jax.Array, linear: jax.Array) -> 
   best = jnp.where(left > 0, jnp.clip(best, 0, 1), (pull > 0).astype(best.dtype))
   step = jnp.where(curved, 2 * jnp.sum(way * way) / jnp.where(curved, bend, 1), place.step)
   return Place(place.point + best * way, place.image + best * image, step)
+
+
+def scaled(product: Product, image: jax.Array) -> tuple[Product, jax.Array]:
+  """The product in units of a first image [T], so that no square overflows, and the unit []."""
+  largest = jnp.max(jnp.abs(image))
+  unit = jnp.where(largest > 0, largest, 1)
+  return lambda weights: product(weights) / unit, unit
 
 
 def within(product: Product, active: jax.Array) -> Product:

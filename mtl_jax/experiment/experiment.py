@@ -17,6 +17,7 @@ from mtl_jax.data.source import Columns, Examples, Label, Source
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.tasks import Task
 from mtl_jax.training import create_train_state, eval_step, train_step
+from mtl_jax.training.engines import Engine
 from mtl_jax.training.task_weights import Rule
 
 
@@ -29,6 +30,7 @@ class Experiment:
     model: the model.
     tasks: the T tasks.
     balancer: the balancing method.
+    gradients: engine of the task gradients.
     optimizer: with its schedule.
     penalties: functions of the parameters by name.
     sources: by stream, each with train, validation and test.
@@ -46,6 +48,7 @@ class Experiment:
   model: MultiTaskModel
   tasks: tuple[Task, ...]
   balancer: Balancer
+  gradients: Engine
   optimizer: optax.GradientTransformation
   penalties: Mapping[str, Callable[[Any], jax.Array]]
   sources: Mapping[str, Source]
@@ -110,13 +113,14 @@ class Experiment:
                for stream in self.sources}
     return create_train_state(seed, example, model=self.model, tasks=self.tasks,
                               balancer=self.balancer, optimizer=self.optimizer,
-                              task_weights=jnp.asarray(self.task_weights, jnp.float32))
+                              task_weights=jnp.asarray(self.task_weights, jnp.float32),
+                              gradients=self.gradients)
 
   def train_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     """One step on a batch with uint8 images."""
     batch = self.preprocess(batch, state.seed, state.step, train=True)
     return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
-                      optimizer=self.optimizer, gradients=self.config.train.gradients,
+                      optimizer=self.optimizer, gradients=self.gradients,
                       penalties=self.penalties,
                       diagnose_every=self.config.train.diagnose_every_steps or 0,
                       frozen=self.config.init_from.freeze if self.config.init_from else ())

@@ -28,7 +28,7 @@ def matrix_free(products: int = 2) -> Engine:
   'does not work from products with the Gramian'
   """
   if products < 2:
-    raise ValueError(f"gradients: products: expected 2 or more a step, found {products!r}")
+    raise ValueError(f"products: expected 2 or more a step, found {products!r}")
 
   def look(balancer: Balancer, signals: Signals, state: Any,
            backward: Backward) -> tuple[Signals, Any, Any]:

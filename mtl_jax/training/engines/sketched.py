@@ -25,7 +25,7 @@ class Sketched(NamedTuple):
   seen: jax.Array
 
 
-def sketched(directions: int = 1, decay: float = 0.95) -> Engine:
+def sketched(directions: int = 1, decay: float = 0.99) -> Engine:
   """Estimates the Gramian, for every method that needs no more, by forward passes of the trunk.
 
   With random signs `v`, `E[v vᵀ] = I`, so that `(J v)(J v)ᵀ` is on average `J Jᵀ`, and `J v`, the
@@ -50,9 +50,9 @@ def sketched(directions: int = 1, decay: float = 0.95) -> Engine:
   'needs more than the Gramian'
   """
   if directions < 1:
-    raise ValueError(f"gradients: directions: expected 1 or more a step, found {directions!r}")
+    raise ValueError(f"directions: expected 1 or more a step, found {directions!r}")
   if not 0 <= decay < 1:
-    raise ValueError(f"gradients: decay: expected a number in [0, 1), found {decay!r}")
+    raise ValueError(f"decay: expected a number in [0, 1), found {decay!r}")
 
   def look(balancer: Balancer, signals: Signals, state: Any,
            backward: Backward) -> tuple[Signals, Any, Any]:
