@@ -39,7 +39,7 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
       jax.device_put(batch), state.seed, state.step, statistics=experiment.statistics), split(mesh))
   step = sharded_step(lambda s, b: build.train_step(
       s, b, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
-      optimizer=experiment.optimizer, gradients=experiment.config.train.gradients), mesh)
+      optimizer=experiment.optimizer, gradients=experiment.gradients), mesh)
   state, _ = jax.block_until_ready(step(state, batch))
   times = []
   for _ in range(steps):
