@@ -8,7 +8,7 @@ from mtl_jax.balancing import Balancer, Signals
 from mtl_jax.training.engines.engine import Backward, Engine
 
 
-def matrix_free(products: int = 2) -> Engine:
+def matrix_free(products: int = 3) -> Engine:
   """For methods that can search for their weights: the Gramian is never formed.
 
   `G w = J (Jᵀ w)` is one backward pass for `Jᵀ w` and, along it, the derivatives of all T losses by
