@@ -35,10 +35,15 @@ def resident_batch(columns: Mapping[str, Mapping[str, jax.Array]], batch_size: i
   batch = {}
   for stream, data in columns.items():
     size = next(iter(data.values())).shape[0]
-    key = purpose_key(seed, f"order/{stream}")
-    indices = batch_indices(key, step, batch_size, size)
+    indices = stream_indices(stream, batch_size, size, seed, step)
     batch[stream] = {name: column[indices] for name, column in data.items()}
   return batch
+
+
+def stream_indices(stream: str, batch_size: int, size: int, seed: jax.Array,
+                   step: jax.Array) -> jax.Array:
+  """Which of a stream's `size` examples one step takes, [batch_size]."""
+  return batch_indices(purpose_key(seed, f"order/{stream}"), step, batch_size, size)
 
 
 def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, step: jax.Array, *,

@@ -1,6 +1,6 @@
 """Training steps over resident or streamed data, compiled for a mesh of devices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 from typing import Any
@@ -12,6 +12,7 @@ from mtl_jax.data import streams
 from mtl_jax.errors import UserError
 from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.experiment.evaluation import on_devices
+from mtl_jax.experiment.seeds_stepper import seeds_steps
 from mtl_jax.training.sharding import replicated, sharded_resident_steps, sharded_step
 
 
@@ -22,19 +23,34 @@ def steps_per_call(experiment: Experiment) -> int:
   return experiment.config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 16)
 
 
-def stepper(experiment: Experiment, mesh: Mesh, start: int,
-            stack: contextlib.ExitStack) -> Callable[[Any, int], tuple[Any, Any]]:
-  """The compiled training steps, with either data engine.
+Steps = Callable[[Sequence[Any], int], tuple[list[Any], list[Any]]]
+
+
+def stepper(experiments: Sequence[Experiment], mesh: Mesh, start: int,
+            stack: contextlib.ExitStack) -> Steps:
+  """The compiled training steps of one run, with either data engine, or of several seeds.
 
   Args:
-    experiment: what to run.
+    experiments: what to run, one a seed.
     mesh: of the devices.
     start: the first step that will be asked for.
     stack: closes what reads ahead.
 
   Returns:
-    `steps(state, count) -> (state, logs)`, logs with a leading axis of the steps.
+    `steps(states, count) -> (states, logs)`, one a seed, logs with a leading axis of the steps.
   """
+  if len(experiments) > 1:
+    return seeds_steps(experiments, mesh)
+  step = _one_run(experiments[0], mesh, start, stack)
+
+  def steps(states: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    state, logs = step(states[0], count)
+    return [state], [logs]
+  return steps
+
+
+def _one_run(experiment: Experiment, mesh: Mesh, start: int,
+             stack: contextlib.ExitStack) -> Callable[[Any, int], tuple[Any, Any]]:
   data = experiment.config.data
   train = experiment.examples("train")
   if experiment.engine == "resident":
