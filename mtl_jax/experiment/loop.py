@@ -190,10 +190,11 @@ def _to_the_end(runs: Sequence[Run], steps: Steps, stop: Sequence[int],
       if step + count == event:
         for run in runs:
           run.validate()
-      if step + count == event or stop:
+      stopping = bool(stop)
+      if step + count == event or stopping:
         _save(runs)
         called_at = time.perf_counter()
-      if stop:
+      if stopping:
         _wait(runs)
         raise Interrupted(stop[0])
     _wait(runs)
