@@ -59,14 +59,16 @@ def main(argv: list[str]) -> int:
   try:
     arguments = _arguments(argv)
     # Imported here: jax takes seconds.
-    from mtl_jax.experiment import build, compiled, config, fields, folds, inspection, loop
+    from mtl_jax.experiment import build, compiled, config, fields, folds, inspection, loop, \
+        seeds
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
     compiled.keep(os.environ)
-    several = complete.data.folds and complete.data.fold is None and arguments.mode != "inspect"
-    room = inspection if arguments.mode == "inspect" else folds if several else loop
+    in_turn = complete.data.folds and complete.data.fold is None
+    room = (inspection if arguments.mode == "inspect" else folds if in_turn else
+            seeds if complete.seeds > 1 else loop)
     run = getattr(room, arguments.mode)
     try:
-      run(complete if several else build.build(complete), arguments.workdir)
+      run(complete if room in (folds, seeds) else build.build(complete), arguments.workdir)
     except loop.Interrupted as interruption:
       number = interruption.args[0]
       print(f"stopped by {signal.Signals(number).name} and saved; the same command continues: "

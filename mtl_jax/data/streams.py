@@ -36,10 +36,15 @@ def resident_batch(columns: Mapping[str, Mapping[str, jax.Array]], batch_size: i
   batch = {}
   for stream, data in columns.items():
     size = next(iter(data.values())).shape[0]
-    key = purpose_key(seed, f"order/{stream}")
-    indices = batch_indices(key, turns[stream], batch_size, size)
+    indices = stream_indices(stream, batch_size, size, seed, turns[stream])
     batch[stream] = {name: column[indices] for name, column in data.items()}
   return batch
+
+
+def stream_indices(stream: str, batch_size: int, size: int, seed: jax.Array,
+                   turn: jax.Array) -> jax.Array:
+  """Which of a stream's `size` examples its batch number `turn` holds, [batch_size]."""
+  return batch_indices(purpose_key(seed, f"order/{stream}"), turn, batch_size, size)
 
 
 def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, step: jax.Array, *,

@@ -1,6 +1,6 @@
 """Checkpoints by Orbax, each with checksums: what is damaged is noticed, and never used."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 import json
 import pathlib
 from typing import Any
@@ -35,7 +35,7 @@ class Checkpoints:
   Each step's checkpoint holds the training state and a JSON record with the state's checksums, the
   record's own, and what the run must know to go on.
 
-  Args:
+  Attributes:
     path: their folder.
   """
 
@@ -43,7 +43,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import save_decision_policy
     self._ocp = ocp
-    self._path = path
+    self.path = path
     self._best_steps: tuple[int | None, ...] = ()
     self._saving: int | None = None
     options = ocp.CheckpointManagerOptions(
@@ -93,7 +93,7 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
-      found = (self._path / str(self._saving)).is_dir()
+      found = (self.path / str(self._saving)).is_dir()
     except Exception as error:  # Orbax wraps full disks in many types
       raise self._failed(error) from error
     if not found:
@@ -103,12 +103,17 @@ class Checkpoints:
   def _failed(self, error: Exception) -> UserError:
     step, self._saving = self._saving, None
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError(f"{self._path}: the checkpoint of step {step} could not be saved: {reason}\n"
+    return UserError(f"{self.path}: the checkpoint of step {step} could not be saved: {reason}\n"
                      "is the disk full or the folder gone? earlier checkpoints are kept; "
                      "make room and launch again to continue")
 
-  def restore_latest(self, abstract_state: Any,
-                     warn: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]] | None:
+  def steps(self) -> set[int]:
+    """The steps that there are checkpoints of, sound or not."""
+    return set(self._manager.all_steps())
+
+  def restore_latest(self, abstract_state: Any, warn: Callable[[str], None],
+                     among: Collection[int] | None = None
+                     ) -> tuple[int, Any, dict[str, Any]] | None:
     """The newest sound checkpoint, or None where there is none at all.
 
     Damaged ones are named in a warning and set aside under the name `damaged-<step>`.
@@ -116,6 +121,7 @@ class Checkpoints:
     Args:
       abstract_state: shapes, dtypes and the shardings to restore to.
       warn: told of each damaged checkpoint.
+      among: the steps that may be taken; None for all.
 
     Returns:
       step, state and record.
@@ -123,7 +129,7 @@ class Checkpoints:
     Raises:
       UserError: where all are damaged.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
+    steps = sorted(self.steps() if among is None else self.steps() & set(among), reverse=True)
     damaged = []
     for step in steps:
       try:
@@ -134,16 +140,22 @@ class Checkpoints:
       self._best_steps = (contents["best_step"],)
       for bad, error in damaged:
         warn(f"checkpoint {bad} is damaged ({error}); continuing from checkpoint {step}")
-        (self._path / str(bad)).rename(self._path / f"damaged-{bad}")
+        (self.path / str(bad)).rename(self.path / f"damaged-{bad}")
       if damaged:
         self._manager.reload()
       return step, state, contents["record"]
     if damaged:
       found = "; ".join(f"{step}: {error}" for step, error in damaged)
-      raise UserError(f"{self._path}: expected at least one sound checkpoint, found {found}\n"
+      raise UserError(f"{self.path}: expected at least one sound checkpoint, found {found}\n"
                       "if the code or its packages have changed, go back to the run's; else remove "
                       "the run folder to start again")
     return None
+
+  def forget_after(self, step: int) -> None:
+    """Removes the checkpoints of later steps, which will be done again."""
+    for later in sorted(self.steps()):
+      if later > step:
+        self._manager.delete(later)
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """The state of one step.
@@ -154,7 +166,7 @@ class Checkpoints:
     try:
       return self._restore(step, abstract_state)[0]
     except Damaged as error:
-      raise UserError(f"{self._path / str(step)}: expected a sound checkpoint, "
+      raise UserError(f"{self.path / str(step)}: expected a sound checkpoint, "
                       f"found it damaged: {error}") from error
 
   def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -181,6 +193,47 @@ class Checkpoints:
       self.wait()
     finally:
       self._manager.close()
+
+
+def restore_together(several: Sequence[Checkpoints], abstract_state: Any,
+                     warn: Callable[[str], None]) -> list[tuple[int, Any, dict[str, Any]] | None]:
+  """The newest sound checkpoint of one run, or of several seeds that go on from one step.
+
+  Seeds save one after the other, and each step's save begins when all have done the one before:
+  after a death they have the newest step or the one before it in common. Later ones are removed.
+
+  Args:
+    several: the checkpoints of each.
+    abstract_state: shapes, dtypes and the shardings to restore to.
+    warn: told of each damaged checkpoint.
+
+  Returns:
+    Step, state and record of each; None for each where they are to start from the beginning.
+
+  Raises:
+    UserError: where all are damaged, or more than the first save is missing somewhere.
+  """
+  common = set.intersection(*(one.steps() for one in several))
+  while True:
+    found = [one.restore_latest(abstract_state, warn, common) for one in several]
+    steps = {step for step, *_ in filter(None, found)}
+    if None not in found and len(steps) == 1:
+      break
+    if not steps:
+      _check_hardly_begun(several)
+      break
+    common = {step for step in common if step <= min(steps)} & set.intersection(
+        *(one.steps() for one in several))
+  for one in several:
+    one.forget_after(min(steps, default=-1))
+  return found
+
+
+def _check_hardly_begun(several: Sequence[Checkpoints]) -> None:
+  if any(len(one.steps()) > 1 for one in several):
+    raise UserError("; ".join(f"{one.path}: steps {sorted(one.steps())}" for one in several)
+                    + "\nexpected a checkpoint of one step in each; remove these folders to start "
+                    "again, or bring back what is missing")
 
 
 def read_variables(path: pathlib.Path, step: int | None) -> tuple[int, dict[str, Any]]:

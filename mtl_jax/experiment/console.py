@@ -4,6 +4,7 @@ import collections
 from collections.abc import Mapping, Sequence
 import sys
 
+import numpy as np
 from rich.console import Console as RichConsole
 from rich.panel import Panel
 from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn,
@@ -94,10 +95,11 @@ class Console:
     self._bar = self._progress.add_task("", completed=done, total=total, losses="")
     self._progress.start()
 
-  def advance(self, done: int, losses: Mapping[str, float]) -> None:
+  def advance(self, done: int, losses: Sequence[float], tasks: Sequence[Task]) -> None:
     """Moves the progress bar."""
     if self._progress:
-      text = "  ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
+      text = "  ".join(f"{task.name} {loss:.3f}" for task, loss in zip(tasks, losses)
+                       if np.isfinite(loss))
       self._progress.update(self._bar, completed=done, losses=text)
 
   def stop_progress(self) -> None:
@@ -106,9 +108,10 @@ class Console:
       self._progress.stop()
       self._progress = None
 
-  def evaluation(self, record: Mapping[str, float], tasks: Sequence[Task], best: bool) -> None:
-    """One line a task for an evaluation on validation."""
-    lead = f"epoch {record['epoch']:g}, step {record['step']}"
+  def evaluation(self, record: Mapping[str, float], tasks: Sequence[Task], best: bool,
+                 whose: str = "") -> None:
+    """One line a task for an evaluation on validation; `whose` leads the first, as "seed 3, "."""
+    lead = f"{whose}epoch {record['epoch']:g}, step {record['step']}"
     for i, task in enumerate(tasks):
       values = ", ".join(f"{metric.name} {_shown(record[f'{task.name}/{metric.name}'], metric.unit)}"
                          for metric in task.all_metrics)
@@ -144,9 +147,9 @@ class Console:
       table.add_row(part, f"{parameters:,}", "" if flops is None else f"{flops / 1e6:,.3f}")
     self._out.print(table)
 
-  def folds(self, summary: Mapping, tasks: Sequence[Task]) -> None:
-    """The table of a cross-validation."""
-    table = Table(title=f"{summary['folds']} folds, each held out once"
+  def spread(self, title: str, summary: Mapping, tasks: Sequence[Task]) -> None:
+    """The table of what several runs come to on test: mean and standard deviation."""
+    table = Table(title=title
                   + (" (SAMPLE DATA)" if any(map(_is_sample, summary["data"].values())) else ""))
     for name, justify in (("task", "left"), ("metric", "left"), ("mean", "right"), ("std", "right")):
       table.add_column(name, justify=justify)

@@ -17,6 +17,16 @@ _RESIDENT_BYTES = 4 * 2 ** 30
 _STATISTICS_EXAMPLES = 10_000
 
 
+def read(config: ConfigDict) -> dict[str, Source]:
+  """The source of each stream as it is, before anything is held out or taken away.
+
+  Raises:
+    UserError: where data is missing.
+  """
+  return {stream: _source(stream, section, config.data)
+          for stream, section in config.data.streams.items()}
+
+
 def load(config: ConfigDict, given: Mapping[str, Source] | None = None) -> dict[str, Source]:
   """The source of each stream, with train, validation and test.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,14 +11,40 @@ import numpy as np
 from mtl_jax.data import streams
 from mtl_jax.errors import UserError
 from mtl_jax.experiment.experiment import Experiment
+from mtl_jax.experiment.task_sections import alike
 from mtl_jax.tasks import Task, compute_metrics, merge_metrics
 from mtl_jax.training.sharding import sharded_eval, split
 
 
-def evaluator(experiment: Experiment, mesh: Mesh) -> Callable[[Any, str], dict[str, float]]:
-  """`evaluate(state, split) -> {"<task>/<metric>": value}`, exact whatever the batches."""
-  step = sharded_eval(experiment.eval_step, mesh)
-  merge = jax.jit(lambda a, b: merge_metrics(experiment.tasks, a, b))
+class Program(NamedTuple):
+  """Compiled evaluation, for any experiments that differ in their data alone.
+
+  Attributes:
+    step: `step(state, batch, statistics) -> metric states`.
+    merge: `merge(states, states) -> states`.
+  """
+
+  step: Callable[[Any, Any, Any], Any]
+  merge: Callable[[Any, Any], Any]
+
+
+def program(experiment: Experiment, mesh: Mesh) -> Program:
+  """What evaluates an experiment."""
+  return Program(sharded_eval(experiment.eval_step, mesh),
+                 jax.jit(lambda a, b: merge_metrics(experiment.tasks, a, b)))
+
+
+def evaluator(experiment: Experiment, mesh: Mesh,
+              compiled: Program | None = None) -> Callable[[Any, str], dict[str, float]]:
+  """`evaluate(state, split) -> {"<task>/<metric>": value}`, exact whatever the batches.
+
+  Args:
+    experiment: whose data is evaluated.
+    mesh: of the devices.
+    compiled: the program, where another experiment has it already.
+  """
+  step, merge = compiled or program(experiment, mesh)
+  statistics = experiment.statistics_arrays
   data = experiment.config.data
   batch_size = data.evaluation_batch_size or _multiple(4 * data.batch_size, mesh.size)
 
@@ -29,7 +55,8 @@ def evaluator(experiment: Experiment, mesh: Mesh) -> Callable[[Any, str], dict[s
         process=jax.process_index(), num_processes=jax.process_count())
     try:
       for batch in batches:
-        states, gathered = _apart(experiment.tasks, step(state, on_devices(batch, mesh)))
+        states, gathered = _apart(
+            experiment.tasks, step(state, on_devices(batch, mesh), statistics))
         total = states if total is None else merge(total, states)
         kept.append(jax.device_get(gathered))
     except ValueError as error:  # a label out of range
@@ -38,6 +65,13 @@ def evaluator(experiment: Experiment, mesh: Mesh) -> Callable[[Any, str], dict[s
     total = {task: {**values, **joined[task]} for task, values in jax.device_get(total).items()}
     return compute_metrics(experiment.tasks, total)
   return evaluate
+
+
+def evaluators(experiments: Sequence[Experiment],
+               mesh: Mesh) -> list[Callable[[Any, str], dict[str, float]]]:
+  """One evaluator each for experiments that differ in their seed alone, compiled once if it can."""
+  compiled = program(experiments[0], mesh) if alike(experiments) else None
+  return [evaluator(experiment, mesh, compiled) for experiment in experiments]
 
 
 def _apart(tasks: Sequence[Task], states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

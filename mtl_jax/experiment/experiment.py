@@ -93,6 +93,12 @@ class Experiment:
       result[task.stream][task.label] = label
     return result
 
+  @property
+  def statistics_arrays(self) -> dict[str, dict[str, np.ndarray]]:
+    """The statistics as arrays [C], for programs that are given them."""
+    return {stream: {name: np.asarray(values, np.float32) for name, values in found.items()}
+            for stream, found in self.statistics.items()}
+
   def examples(self, split: str) -> dict[str, Examples]:
     """The examples of one split by stream, with the labels that a task reads and no others."""
     return {stream: Columns(source.splits[split], ("image", *self.labels[stream]))
@@ -115,11 +121,15 @@ class Experiment:
   def _group_at(self) -> Callable[[np.uint32, np.int32], jax.Array]:
     return jax.jit(lambda seed, step: self.schedule.group_at(seed, step, self.num_steps))
 
-  def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
-    """Normalised, in training augmented, images in place of the uint8 ones, labels moved along."""
+  def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool,
+                 statistics: Any = None) -> Any:
+    """Normalised, in training augmented, images in place of the uint8 ones, labels moved along.
+
+    `statistics` take the place of the experiment's own.
+    """
     labels = {stream: source.labels for stream, source in self.sources.items()}
-    return streams.preprocess(batch, seed, step, statistics=self.statistics, labels=labels,
-                              augmentation=self.augmentation if train else None)
+    return streams.preprocess(batch, seed, step, statistics=statistics or self.statistics,
+                              labels=labels, augmentation=self.augmentation if train else None)
 
   def create_state(self, seed: int) -> Any:
     """A fresh training state."""
@@ -132,20 +142,21 @@ class Experiment:
                               gradients=self.gradients)
 
   def train_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-    """One step on a batch with uint8 images, of the tasks whose turn it is."""
-    frozen = self.config.init_from.freeze if self.config.init_from else ()
+    """One step on a batch with uint8 images."""
+    return self.prepared_step(state, self.preprocess(batch, state.seed, state.step, train=True))
 
-    def step(state: Any, batch: Any, **taking_part: Any) -> tuple[Any, dict[str, Any]]:
-      batch = self.preprocess(batch, state.seed, state.step, train=True)
-      return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
-                        optimizer=self.optimizer, gradients=self.gradients,
-                        penalties=self.penalties,
-                        diagnose_every=self.config.train.diagnose_every_steps or 0, frozen=frozen,
-                        precision=self.config.train.precision, **taking_part)
+  def prepared_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    """One step, of the tasks whose turn it is, on a batch that has been preprocessed."""
+    step = functools.partial(
+        train_step, model=self.model, tasks=self.tasks, balancer=self.balancer,
+        optimizer=self.optimizer, gradients=self.gradients, penalties=self.penalties,
+        diagnose_every=self.config.train.diagnose_every_steps or 0,
+        frozen=self.config.init_from.freeze if self.config.init_from else (),
+        precision=self.config.train.precision)
     return scheduled_step(state, batch, schedule=self.schedule, num_steps=self.num_steps, step=step)
 
-  def eval_step(self, state: Any, batch: Any) -> dict[str, Any]:
-    """Metric states of a batch with uint8 images."""
-    batch = self.preprocess(batch, state.seed, state.step, train=False)
+  def eval_step(self, state: Any, batch: Any, statistics: Any = None) -> dict[str, Any]:
+    """Metric states of a batch with uint8 images; see `preprocess` for `statistics`."""
+    batch = self.preprocess(batch, state.seed, state.step, train=False, statistics=statistics)
     return eval_step(state, batch, model=self.model, tasks=self.tasks,
                      precision=self.config.train.precision)

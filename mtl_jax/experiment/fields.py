@@ -20,8 +20,8 @@ from mtl_jax.training.precision import PRECISIONS
 from mtl_jax.training.schedules import SCHEDULES as TASK_SCHEDULES
 from mtl_jax.training.task_weights import RULES
 
-SECTIONS = ("seed", "data", "tasks", "task_weights", "trunk", "sharing", "balancer", "optimizer",
-            "penalties", "schedule", "train", "init_from")
+SECTIONS = ("seed", "seeds", "data", "tasks", "task_weights", "trunk", "sharing", "balancer",
+            "optimizer", "penalties", "train", "init_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +140,7 @@ def complete(config: ConfigDict) -> ConfigDict:
       raise UserError(f"config.{field}: expected a section, found {found.get(field)!r}")
   result = {
       "seed": sections.coerce("config.seed", found.get("seed", 0), int),
+      "seeds": sections.coerce("config.seeds", found.get("seeds", 1), int),
       "data": _data(found["data"]),
       "trunk": sections.complete("config.trunk", found["trunk"], TRUNKS),
       "sharing": sections.complete("config.sharing", found.get("sharing", {"name": "hard"}),
@@ -163,8 +164,12 @@ def complete(config: ConfigDict) -> ConfigDict:
   if precision not in PRECISIONS:
     raise UserError(f"config.train.precision: {sections.nearest(precision, PRECISIONS)}; "
                     f"found {precision!r}")
-  if not 0 <= result["seed"] < 2 ** 32:
-    raise UserError(f"config.seed: expected 0 … 2**32 - 1, found {result['seed']}")
+  sections.check_sizes("config", {"seeds": result["seeds"]})
+  if not 0 <= result["seed"] <= 2 ** 32 - result["seeds"]:
+    raise UserError(f"config.seed: expected 0 … 2**32 - {result['seeds']}, found {result['seed']}")
+  if result["seeds"] > 1 and result["data"]["folds"] and result["data"]["fold"] is None:
+    raise UserError(f"config.seeds: expected 1 with all folds in turn, found {result['seeds']}; "
+                    "set config.data.fold to train several seeds on one fold")
   for prefix in ("", "evaluate_every_"):
     _check_one_unit("config.train", result["train"], prefix, needed=not prefix)
   return ConfigDict(result)

@@ -1,10 +1,8 @@
 """k-fold cross-validation: one run a fold, each in a folder of its own, and what they come to."""
 
 import contextlib
-import math
 import os
 import pathlib
-import statistics
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ from mtl_jax.experiment import loop
 from mtl_jax.experiment.build import build
 from mtl_jax.experiment.console import Console
 from mtl_jax.experiment.run_folder import RunFolder, without_nan
+from mtl_jax.experiment.spread import of_runs
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -41,10 +40,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
       runs.append(loop.train(experiment, pathlib.Path(workdir) / f"fold{fold}"))
       tasks = experiment.tasks
     summary = without_nan({"folds": config.data.folds, "data": runs[0]["data"],
-                           "test": {name: _spread([run["test"][name] for run in runs])
-                                    for name in runs[0]["test"]}})
+                           "test": of_runs(runs, "test")})
     folder.write_summary(summary)
-  console.folds(summary, tasks)
+  console.spread(f"{config.data.folds} folds, each held out once", summary, tasks)
   return summary
 
 
@@ -60,10 +58,3 @@ def _experiments(config: ConfigDict) -> Any:
     with one.ignore_type():
       one.data.fold = fold
     yield fold, build(one)
-
-
-def _spread(values: list[float | None]) -> dict[str, Any]:
-  """Mean and sample standard deviation of the finite values, and all of them."""
-  known = [value for value in values if value is not None and math.isfinite(value)]
-  return {"mean": statistics.fmean(known) if known else None,
-          "std": statistics.stdev(known) if len(known) > 1 else None, "values": values}

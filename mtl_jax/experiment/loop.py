@@ -1,12 +1,8 @@
 """The run: evaluate → save → next batch → step → log, in this order, whatever happens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import contextlib
-import importlib.metadata
-import math
 import os
-import platform
-import signal
 import time
 from typing import Any
 
@@ -15,21 +11,16 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mtl_jax.errors import UserError
-from mtl_jax.experiment.experiment import Experiment
-from mtl_jax.experiment.checkpoint import Checkpoints
+from mtl_jax.experiment.checkpoint import Checkpoints, restore_together
 from mtl_jax.experiment.console import Console
-from mtl_jax.experiment.events import EventFile
-from mtl_jax.experiment.evaluation import evaluator, score
-from mtl_jax.experiment.run_folder import MetricsFile, RunFolder, without_nan
-from mtl_jax.experiment.stepper import stepper, steps_per_call
-from mtl_jax.experiment.transfer import first_state
-from mtl_jax.tasks import compute_metrics
+from mtl_jax.experiment.evaluation import evaluator, evaluators
+from mtl_jax.experiment.experiment import Experiment
+from mtl_jax.experiment.run import Run, shapes_of
+from mtl_jax.experiment.run_folder import RunFolder, without_nan
+from mtl_jax.experiment.stepper import Steps, stepper, steps_per_call
+from mtl_jax.experiment.stopping import Interrupted, memory_errors, stop_signals
+from mtl_jax.experiment.transfer import first_states
 from mtl_jax.training.sharding import check_divides, data_mesh, replicated
-from mtl_jax.training.task_weights import weigh
-
-
-class Interrupted(Exception):
-  """A signal asked the run to stop; it has been saved. `args[0]` is the signal's number."""
 
 
 def train(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -45,28 +36,56 @@ def train(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, 
   Raises:
     UserError: for a folder of another run, one that cannot be written, or a run that diverged.
     Interrupted: after SIGTERM or Ctrl-C, once all is saved.
+    ValueError: for a config of several seeds, which `seeds.train` runs.
   """
+  if experiment.config.seeds > 1:
+    raise ValueError(f"config.seeds: expected 1, found {experiment.config.seeds}; see seeds.train")
   first = jax.process_index() == 0
-  folder = RunFolder(workdir, writes=first)
-  console = Console(quiet=not first)
-  mesh = _mesh(experiment)
-  console.data_banner(experiment.data, experiment.reports)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(contextlib.closing(folder))
-    folder.open(experiment.config.to_dict(), experiment.data)
-    summary = folder.summary()
-    if summary is not None:
-      console.say(f"{folder.path} holds a finished run")
-      console.summary(summary, experiment.tasks)
-      return summary
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path / "checkpoints")))
-    run = _Run(experiment, mesh, folder, checkpoints, console, stack)
-    with _stop_signals() as stop, _memory_errors():
-      run.to_the_end(stop)
-      summary = run.finish()
+  folder, console = RunFolder(workdir, writes=first), Console(quiet=not first)
+  summary, = train_together([experiment], [folder], console)
   console.summary(summary, experiment.tasks)
   console.say(f"run folder: {folder.path}")
   return summary
+
+
+def train_together(experiments: Sequence[Experiment], folders: Sequence[RunFolder],
+                   console: Console) -> list[dict[str, Any]]:
+  """Trains one run, or experiments that differ in their seed alone, step by step together.
+
+  Runs that are finished are left as they are. The others go on from the newest step that all of
+  them have saved.
+
+  Args:
+    experiments: what to run.
+    folders: one run folder each, not yet open.
+    console: is told.
+
+  Returns:
+    Their summaries.
+
+  Raises:
+    UserError, Interrupted: as `train`.
+  """
+  mesh = _mesh(experiments[0])
+  console.data_banner(experiments[0].data, experiments[0].reports)
+  with contextlib.ExitStack() as stack:
+    for experiment, folder in zip(experiments, folders):
+      stack.enter_context(contextlib.closing(folder))
+      folder.open(experiment.config.to_dict(), experiment.data)
+    summaries = [folder.summary() for folder in folders]
+    left = [i for i, summary in enumerate(summaries) if summary is None]
+    for folder, summary in zip(folders, summaries):
+      if summary is not None:
+        console.say(f"{folder.path} holds a finished run")
+    if left:
+      with stop_signals() as stop, memory_errors():
+        runs = _begin([experiments[i] for i in left], [folders[i] for i in left], mesh, console,
+                      stack)
+        steps = stepper([run.experiment for run in runs], mesh, runs[0].state, stack)
+        _to_the_end(runs, steps, stop, console)
+        for i, run in zip(left, runs):
+          summaries[i] = run.finish()
+  return summaries
 
 
 def evaluate(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -119,232 +138,76 @@ def _mesh(experiment: Experiment) -> Mesh:
 
 def _abstract_state(experiment: Experiment, mesh: Mesh) -> Any:
   shapes = jax.eval_shape(lambda: experiment.create_state(experiment.config.seed))
-  sharding = replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+  return shapes_of(shapes, replicated(mesh))
 
 
-class _Run:
-  """One run from its first or restored state to its end.
-
-  What moves besides the training state is in `record`, saved with every checkpoint: bytes of
-  metrics.jsonl, seconds so far, the best step with its score and metrics, those of the first
-  evaluation, and the data.
-  """
-
-  def __init__(self, experiment: Experiment, mesh: Mesh, folder: RunFolder,
-               checkpoints: Checkpoints, console: Console, stack: contextlib.ExitStack):
-    self._experiment, self._mesh, self._folder = experiment, mesh, folder
-    self._checkpoints, self._console = checkpoints, console
-    self._record = {"metrics_bytes": 0, "wall_seconds": 0.0, "best_step": None,
-                    "best_score": -math.inf, "best_metrics": {}, "first_metrics": None,
-                    "data": experiment.data}
-    restored = checkpoints.restore_latest(_abstract_state(experiment, mesh), console.warn)
-    if restored is None:
-      self._step = 0
-      self._state = first_state(experiment, mesh, folder, console)
-    else:
-      self._step, self._state, self._record = restored
-      if self._record["data"] != experiment.data:
-        raise UserError(f"{folder.path}: expected checkpoints of a run on {experiment.data}, "
-                        f"found one on {self._record['data']}")
-      console.say(f"continuing from step {self._step}")
-    self._saved_step = self._step
-    self._started = time.perf_counter() - self._record["wall_seconds"]
-    self._called_at = time.perf_counter()
-    writes = jax.process_index() == 0
-    self._metrics = stack.enter_context(contextlib.closing(MetricsFile(
-        folder.path / "metrics.jsonl", self._record["metrics_bytes"], writes=writes)))
-    self._events = stack.enter_context(contextlib.closing(
-        EventFile(folder.path, self._step + 1))) if writes else None
-    self._evaluate = evaluator(experiment, mesh)
-    if restored is None and experiment.rule:
-      first = self._record["first_metrics"] = self._evaluate(self._state, "validation")
-      self._write({**self._header(0, "validation"), **first})
-      self._weigh_tasks(first)
-    self._steps = stepper(experiment, mesh, self._step, jax.device_get(self._state.turns), stack)
-
-  def to_the_end(self, stop: Sequence[int]) -> None:
-    """Trains, evaluates and saves until the last step is done, or `stop` holds a signal."""
-    experiment, total = self._experiment, self._experiment.num_steps
-    per_call = steps_per_call(experiment)
-    self._console.start_progress(self._step, total)
+def _begin(experiments: Sequence[Experiment], folders: Sequence[RunFolder], mesh: Mesh,
+           console: Console, stack: contextlib.ExitStack) -> list[Run]:
+  """The runs at step 0, or as they were when they last saved."""
+  several = [stack.enter_context(contextlib.closing(Checkpoints(folder.path / "checkpoints")))
+             for folder in folders]
+  restored = restore_together(several, _abstract_state(experiments[0], mesh), console.warn)
+  is_new = restored[0] is None
+  if is_new:
     try:
-      while self._step < total:
-        event = min((self._step // experiment.evaluate_every + 1) * experiment.evaluate_every,
-                    total)
-        count = min((self._step // per_call + 1) * per_call, event) - self._step
-        self._state, logs = self._steps(self._state, count)
-        self._log(jax.device_get(logs), count)
-        if self._step == event:
-          self._validate()
-        if self._step == event or stop:
-          self._save()
-        if stop:
-          self._checkpoints.wait()
-          raise Interrupted(stop[0])
-      self._checkpoints.wait()
-    finally:
-      self._console.stop_progress()
-
-  def finish(self) -> dict[str, Any]:
-    """Reads the test split, once, with the best checkpoint, and writes the summary."""
-    experiment, best = self._experiment, self._record["best_step"]
-    validation, abstract = self._record["best_metrics"], _abstract_state(experiment, self._mesh)
-    try:
-      state = self._checkpoints.restore(best, abstract)
-    except UserError as error:
-      best, state, _ = self._checkpoints.restore_latest(abstract, self._console.warn)
-      self._console.warn(f"{error}\nusing checkpoint {best}, the newest sound one, in its place")
-      validation = self._evaluate(state, "validation")
-    test = self._evaluate(state, "test")
-    self._write({**self._header(best, "test"), **test})
-    self._metrics.flush()
-    summary = without_nan({
-        "data": experiment.data,
-        "test": test,
-        "validation": validation,
-        "best_step": best,
-        "steps": self._step,
-        "wall_seconds": round(time.perf_counter() - self._started, 1),
-        "versions": _versions(),
-        "devices": [device.device_kind for device in jax.devices()],
-    })
-    self._folder.write_summary(summary)
-    return summary
-
-  def _header(self, step: int, split: str) -> dict[str, Any]:
-    return {"step": step, "epoch": round(step / self._experiment.steps_per_epoch, 4),
-            "split": split, "data": "+".join(dict.fromkeys(self._experiment.data.values()))}
-
-  def _write(self, record: dict[str, Any]) -> None:
-    self._metrics.write(record)
-    if self._events:
-      self._events.write(record["step"], {
-          f"{record['split']}/{name}": value for name, value in record.items()
-          if isinstance(value, float) and name != "epoch"})
-
-  def _log(self, logs: dict[str, Any], count: int) -> None:
-    """Writes the records of the steps just done, and stops a run that diverged."""
-    every = self._experiment.config.train.log_every_steps
-    examples = (count * self._experiment.config.data.batch_size
-                * sum(self._experiment.schedule.shares.values()))
-    now = time.perf_counter()
-    rate, self._called_at = examples / (now - self._called_at), now
-    losses = {}
-    for i in range(count):
-      self._step += 1
-      step_logs = jax.tree.map(lambda x: x[i], logs)  # noqa: B023
-      self._check_finite(step_logs)
-      losses |= {task.name: loss for task, loss, active in zip(
-          self._experiment.tasks, step_logs["losses"], step_logs["active"]) if active}
-      if self._step % every == 0:
-        self._write({**self._header(self._step, "train"),
-                     **_train_values(self._experiment, step_logs),
-                     "examples_per_second": round(rate, 1)})
-    self._console.advance(self._step, losses)
-
-  def _check_finite(self, logs: dict[str, Any]) -> None:
-    bad = [task.name for task, finite in zip(self._experiment.tasks, logs["finite"]) if not finite]
-    if not bad and np.isfinite(logs["gradient_norm"]) and np.isfinite(logs["update_norm"]):
-      return
-    where = f"of task {' and '.join(bad)}" if bad else "of the model"
-    kept = (f"the last good checkpoint is that of step {self._saved_step} in "
-            f"{self._folder.path / 'checkpoints'}" if self._saved_step else "no checkpoint yet")
-    raise UserError(f"step {self._step}: expected finite losses and gradients, found the loss or "
-                    f"gradient {where} not finite; {kept}\n"
-                    "a lower config.optimizer.learning_rate or config.optimizer.clip_norm may help")
-
-  def _weigh_tasks(self, metrics: dict[str, float]) -> None:
-    """Sets the tasks' weights by the rule, from validation metrics."""
-    rule, tasks = self._experiment.rule, self._experiment.tasks
-    losses = np.array([metrics[f"{task.name}/loss"] for task in tasks])
-    if rule.reads == "relative_losses":
-      losses /= [self._record["first_metrics"][f"{task.name}/loss"] for task in tasks]
-    weights = np.asarray(weigh(losses, rule.power), np.float32)
-    self._state = self._state.replace(
-        task_weights=jax.device_put(weights, replicated(self._mesh)))
-
-  def _validate(self) -> None:
-    metrics = self._evaluate(self._state, "validation")
-    self._record["first_metrics"] = self._record["first_metrics"] or metrics
-    record = {**self._header(self._step, "validation"), **metrics}
-    value = score(self._experiment, metrics, self._record["first_metrics"])
-    if self._experiment.rule and self._experiment.rule.reads == "relative_losses":
-      self._weigh_tasks(metrics)
-    is_best = self._record["best_step"] is None or value > self._record["best_score"]
-    if is_best:
-      self._record |= {"best_step": self._step, "best_score": value, "best_metrics": metrics}
-    self._write(record)
-    self._console.evaluation(record, self._experiment.tasks, is_best)
-
-  def _save(self) -> None:
-    self._record |= {"metrics_bytes": self._metrics.flush(),
-                     "wall_seconds": time.perf_counter() - self._started}
-    self._checkpoints.save(self._step, self._state, self._record, self._record["best_step"])
-    self._saved_step = self._step
-    self._called_at = time.perf_counter()
-
-
-def _train_values(experiment: Experiment, logs: dict[str, Any]) -> dict[str, float]:
-  values = compute_metrics(experiment.tasks, logs["metrics"])
-  for i, task in enumerate(experiment.tasks):
-    values[f"{task.name}/weight"] = float(logs["weights"][i])
-    if experiment.config.task_weights or experiment.schedule.factors_at:
-      values[f"{task.name}/task_weight"] = float(logs["task_weights"][i])
-  for name, value in logs["penalties"].items():
-    values[f"penalty/{name}"] = float(value)
-  values["gradient_norm"] = float(logs["gradient_norm"])
-  values |= {name: float(logs[name]) for name in ("weights_error", "gramian_error")
-             if np.isfinite(logs.get(name, np.nan))}
-  if "gramian" in logs and np.isfinite(logs["gramian"]).all():  # else not looked at
-    norms = np.sqrt(np.maximum(np.diag(logs["gramian"]), 0))
-    for task, norm in zip(experiment.tasks, norms):
-      values[f"{task.name}/gradient_norm"] = float(norm)
-    cosines = logs["gramian"] / np.maximum(np.outer(norms, norms), 1e-30)
-    pairs = cosines[np.triu_indices(len(norms), 1)]
-    if pairs.size:
-      values |= {"cosine": float(pairs.mean()), "conflict": float((pairs < 0).mean())}
-  return values
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-  """Turns a device that runs out of memory into a UserError."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error) and "ut of memory" not in str(error):
+      restored = [(0, state, None) for state in first_states(experiments, mesh, console)]
+    except UserError:
+      for folder in folders:
+        folder.give_up()
       raise
-    raise UserError(f"the device ran out of memory: {str(error).splitlines()[0][:160]}\n"
-                    "a smaller config.data.batch_size or config.trunk, or config.data.engine=grain, "
-                    "may help") from error
+  evaluate = evaluators(experiments, mesh)
+  runs = [Run(*parts, console, stack, is_only=len(experiments) == 1)
+          for parts in zip(experiments, folders, several, evaluate, restored)]
+  if not is_new:
+    console.say(f"continuing from step {runs[0].step}")
+  elif experiments[0].rule:
+    for run in runs:
+      run.evaluate_at_start()
+  return runs
 
 
-def _versions() -> dict[str, str]:
-  packages = ("mtl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-  return {"python": platform.python_version(),
-          **{name: importlib.metadata.version(name) for name in packages}}
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-  """A list that holds the signal's number once SIGTERM or Ctrl-C has come.
-
-  A second one ends the process at once, as it would have without this.
-  """
-  received: list[int] = []
-  old = {}
-
-  def handle(number: int, frame: Any) -> None:
-    del frame
-    received.append(number)
-    signal.signal(number, old[number])
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    old[number] = signal.getsignal(number)
-    signal.signal(number, handle)
+def _to_the_end(runs: Sequence[Run], steps: Steps, stop: Sequence[int],
+                console: Console) -> None:
+  """Trains, evaluates and saves until the last step is done, or `stop` holds a signal."""
+  experiment = runs[0].experiment
+  total, every = experiment.num_steps, experiment.evaluate_every
+  per_call = steps_per_call(experiment)
+  examples = experiment.config.data.batch_size * sum(experiment.schedule.shares.values())
+  console.start_progress(runs[0].step, total)
+  called_at = time.perf_counter()
   try:
-    yield received
+    while (step := runs[0].step) < total:
+      event = min((step // every + 1) * every, total)
+      count = min((step // per_call + 1) * per_call, event) - step
+      states, logs = steps([run.state for run in runs], count)
+      for run, state in zip(runs, states):
+        run.state = state
+      logs = jax.device_get(logs)
+      now = time.perf_counter()
+      rate, called_at = count * examples / (now - called_at), now
+      losses = [run.log(one, count, rate) for run, one in zip(runs, logs)]
+      console.advance(step + count, np.mean(losses, axis=0), experiment.tasks)
+      if step + count == event:
+        for run in runs:
+          run.validate()
+      stopping = bool(stop)
+      if step + count == event or stopping:
+        _save(runs)
+        called_at = time.perf_counter()
+      if stopping:
+        _wait(runs)
+        raise Interrupted(stop[0])
+    _wait(runs)
   finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
+    console.stop_progress()
+
+
+def _save(runs: Sequence[Run]) -> None:
+  _wait(runs)  # that all have saved the step before: the newest that a death may leave in common
+  for run in runs:
+    run.save()
+
+
+def _wait(runs: Sequence[Run]) -> None:
+  for run in runs:
+    run.checkpoints.wait()

@@ -58,15 +58,22 @@ def _written(path: pathlib.Path, text: str) -> None:
 class RunFolder:
   """A run's files but for its checkpoints.
 
+  Args:
+    path: of the folder.
+    writes: False on all processes but the first.
+    within: the folder of several runs that this one belongs to, given up with it.
+
   Attributes:
     path: absolute.
   """
 
-  def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
+  def __init__(self, path: str | os.PathLike[str], *, writes: bool = True,
+               within: "RunFolder | None" = None):
     self.path = pathlib.Path(path).expanduser().resolve()
     self._writes = writes
     self._lock = None
     self._is_new = False
+    self._within = within
 
   def open(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Makes the folder, or checks that it belongs to this config and data.
@@ -104,6 +111,8 @@ class RunFolder:
     """Lets another config have the folder where this one could not begin."""
     if self._is_new:
       (self.path / "config.json").unlink(missing_ok=True)
+    if self._within:
+      self._within.give_up()
 
   def check(self, config: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Raises UserError where the folder belongs to another config or other data."""

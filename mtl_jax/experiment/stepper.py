@@ -1,6 +1,6 @@
 """Training steps over resident or streamed data, compiled for a mesh of devices."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import itertools
@@ -14,6 +14,7 @@ from mtl_jax.data import streams
 from mtl_jax.errors import UserError
 from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.experiment.evaluation import on_devices
+from mtl_jax.experiment.seeds_stepper import seeds_steps
 from mtl_jax.training.sharding import replicated, sharded_resident_steps, sharded_step
 
 
@@ -24,20 +25,34 @@ def steps_per_call(experiment: Experiment) -> int:
   return experiment.config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 16)
 
 
-def stepper(experiment: Experiment, mesh: Mesh, start: int, turns: Mapping[str, int],
-            stack: contextlib.ExitStack) -> Callable[[Any, int], tuple[Any, Any]]:
-  """The compiled training steps, with either data engine.
+Steps = Callable[[Sequence[Any], int], tuple[list[Any], list[Any]]]
+
+
+def stepper(experiments: Sequence[Experiment], mesh: Mesh, state: Any,
+            stack: contextlib.ExitStack) -> Steps:
+  """The compiled training steps of one run, with either data engine, or of several seeds.
 
   Args:
-    experiment: what to run.
+    experiments: what to run, one a seed.
     mesh: of the devices.
-    start: the first step that will be asked for.
-    turns: by stream, how many of its batches came before.
+    state: from which the first steps will go on, as all seeds do.
     stack: closes what reads ahead.
 
   Returns:
-    `steps(state, count) -> (state, logs)`, logs with a leading axis of the steps.
+    `steps(states, count) -> (states, logs)`, one a seed, logs with a leading axis of the steps.
   """
+  if len(experiments) > 1:
+    return seeds_steps(experiments, mesh)
+  step = _one_run(experiments[0], mesh, state, stack)
+
+  def steps(states: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    state, logs = step(states[0], count)
+    return [state], [logs]
+  return steps
+
+
+def _one_run(experiment: Experiment, mesh: Mesh, state: Any,
+             stack: contextlib.ExitStack) -> Callable[[Any, int], tuple[Any, Any]]:
   data = experiment.config.data
   train = experiment.examples("train")
   if experiment.engine == "resident":
@@ -50,8 +65,9 @@ def stepper(experiment: Experiment, mesh: Mesh, start: int, turns: Mapping[str, 
     return lambda state, count: compiled(count)(state, columns)
 
   batches: Iterator[Any] = streams.grain_batches(
-      train, data.batch_size, experiment.config.seed, turns, labels=experiment.labels,
-      reads=map(experiment.streams_at, itertools.count(start)),
+      train, data.batch_size, experiment.config.seed, jax.device_get(state.turns),
+      labels=experiment.labels,
+      reads=map(experiment.streams_at, itertools.count(int(state.step))),
       process=jax.process_index(), num_processes=jax.process_count(), num_threads=data.threads)
   stack.callback(batches.close)
   step = sharded_step(experiment.train_step, mesh)

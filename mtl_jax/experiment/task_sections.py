@@ -1,6 +1,6 @@
 """From `config.tasks` to tasks: what the config leaves open is read from the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import inspect
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from mtl_jax.data.source import Examples, Label, Source, column
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import sections
+from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.tasks import KINDS, Task
 
 LABEL_KINDS = {
@@ -83,6 +84,29 @@ def facts(wanted: set[str], label: Label, name: str, train: Examples) -> dict[st
       known |= {"mean": tuple(np.nanmean(values, axis=0).tolist()),
                 "std": tuple(np.where(std > 0, std, 1).tolist())}
   return {key: value for key, value in known.items() if key in wanted and value is not None}
+
+
+def alike(experiments: Sequence[Experiment]) -> bool:
+  """Whether one program serves experiments that differ in their seed alone.
+
+  It does unless a task takes the mean and deviation of its labels from train, which is each seed's
+  own. Whatever else differs is given to programs: state, data, the statistics of images.
+  """
+  first, *rest = (_scales(one.config.tasks, one.sources) for one in experiments)
+  return all(one == first for one in rest)
+
+
+def _scales(tasks: Mapping[str, ConfigDict],
+            sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+  """Mean and deviation of the labels of each task that reads them from train."""
+  result = {}
+  for name, section in tasks.items():
+    source = sources[section.stream]
+    wanted = {key for key in ("mean", "std") if section.get(key, ...) is None}
+    if wanted:
+      label = label_of(source, section.label)
+      result[name] = facts(wanted, label, section.label, source.splits["train"])
+  return result
 
 
 def num_labelled(task: Task, examples: Examples) -> int:

@@ -1,6 +1,6 @@
 """What a fresh run starts from: random numbers, or the weights that `config.init_from` names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
 from typing import Any
@@ -15,7 +15,6 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment.checkpoint import read_variables
 from mtl_jax.experiment.console import Console
 from mtl_jax.experiment.experiment import Experiment
-from mtl_jax.experiment.run_folder import RunFolder
 from mtl_jax.experiment.torch_files import read_state_dict
 from mtl_jax.models.torchvision import from_torchvision
 from mtl_jax.training.parameter_groups import Path
@@ -23,31 +22,57 @@ from mtl_jax.training.sharding import create_sharded, replicated
 from mtl_jax.training.transfer import TRUNK, Account, merge
 
 
-def first_state(experiment: Experiment, mesh: Mesh, folder: RunFolder, console: Console) -> Any:
-  """The state at step 0, on the devices; the console is told what `config.init_from` gave.
+def first_states(experiments: Sequence[Experiment], mesh: Mesh, console: Console) -> list[Any]:
+  """The states at step 0 of experiments that differ in their seed alone, compiled once.
+
+  The console is told once what `config.init_from` gave.
 
   Raises:
     UserError: for weights that cannot be read, or do not fit.
   """
-  def create() -> Any:
-    return experiment.create_state(experiment.config.seed)
+  one = experiments[0]
+  if len(experiments) == 1:
+    return [first_state(one, mesh, console)]
+  create = jax.jit(one.create_state, out_shardings=replicated(mesh))
+  quiet = Console(quiet=True)
+  return [first_state(experiment, mesh, console if experiment is one else quiet, create)
+          for experiment in experiments]
 
+
+def first_state(experiment: Experiment, mesh: Mesh, console: Console,
+                compiled: Callable[[Any], Any] | None = None) -> Any:
+  """The state at step 0, on the devices; the console is told what `config.init_from` gave.
+
+  Args:
+    experiment: what to run.
+    mesh: of the devices.
+    console: is told.
+    compiled: makes the state of a seed, where an experiment of another seed has compiled it.
+
+  Raises:
+    UserError: for weights that cannot be read, or do not fit.
+  """
   section = experiment.config.init_from
   if not section:
-    return create_sharded(create, mesh)
-  try:
-    origin, merged, account = _found(section, jax.eval_shape(create))
-  except UserError:
-    folder.give_up()
-    raise
+    return _fresh(experiment, mesh, compiled)
+  origin, merged, account = _found(section, jax.eval_shape(lambda: experiment.create_state(0)))
   console.transfer(origin, account)
-  state = create_sharded(create, mesh)
+  state = _fresh(experiment, mesh, compiled)
   fresh = _variables(state)
   merged |= {path: fresh[path] for path in account.random}
   variables = jax.device_put(unflatten_dict(merged), replicated(mesh))
   params = variables.pop("params")
   opt_state = jax.jit(experiment.optimizer.init, out_shardings=replicated(mesh))(params)
   return state.replace(params=params, model_state=variables, opt_state=opt_state)
+
+
+def _fresh(experiment: Experiment, mesh: Mesh, compiled: Callable[[Any], Any] | None) -> Any:
+  seed = experiment.config.seed
+  if compiled is None:
+    return create_sharded(lambda: experiment.create_state(seed), mesh)
+  weights = np.asarray(experiment.task_weights, np.float32)
+  return compiled(np.uint32(seed)).replace(
+      task_weights=jax.device_put(weights, replicated(mesh)))
 
 
 def _found(section: ConfigDict, shapes: Any) -> tuple[str, dict[Path, Any], Account]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -65,6 +66,15 @@ def sharded_resident_steps(step: Callable[[Any, Any], tuple[Any, Any]],
     mesh: of the devices; state and data are replicated, the drawn batch is split.
     num_steps: logs come back with this leading axis.
   """
+  everywhere = replicated(mesh)
+  return jax.jit(_several(step, batch_at, mesh, num_steps), in_shardings=(everywhere, everywhere),
+                 out_shardings=everywhere, donate_argnums=0)
+
+
+def _several(step: Callable[[Any, Any], tuple[Any, Any]],
+             batch_at: Callable[[Any, Any], Any], mesh: Mesh,
+             num_steps: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+  """`num_steps` steps, each on a batch of its own: `run(state, data) -> (state, logs)`."""
   def one(state, data):
     batch = batch_at(data, state)
     return step(state, jax.lax.with_sharding_constraint(batch, split(mesh)))
@@ -74,13 +84,43 @@ def sharded_resident_steps(step: Callable[[Any, Any], tuple[Any, Any]],
       state, logs = one(state, data)
       return state, jax.tree.map(lambda x: x[None], logs)
     return jax.lax.scan(lambda s, _: one(s, data), state, None, length=num_steps)
+  return several
+
+
+def sharded_seeds_steps(step: Callable[[Any, Any], tuple[Any, Any]],
+                        batch_at: Callable[[Any, Any], Any], mesh: Mesh,
+                        num_steps: int) -> Callable:
+  """Compiles `num_steps` steps of several seeds at once, vectorized over a leading axis of seeds.
+
+  Args:
+    step: of one seed, `step(state, batch) -> (state, logs)`.
+    batch_at: of one seed, `batch_at((shared, own), state) -> batch`.
+    mesh: of the devices; states and data are replicated, every seed's batch is split.
+    num_steps: logs come back with this leading axis.
+
+  Returns:
+    `run(states, shared, own) -> (states, logs)`, all but the data that the seeds share one a seed,
+    in a list. The states are given away; they must be at one step.
+  """
+  several = _several(step, batch_at, mesh, num_steps)
+
+  def together(states, shared, own):
+    # The step has no axis of seeds, so that what is done every so many steps stays a branch.
+    stacked, own = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+                    for trees in ([state.replace(step=None) for state in states], own))
+    axes = jax.tree.map(lambda _: 0, stacked)
+    state, logs = jax.vmap(
+        lambda state, own: several(state, (shared, own)), in_axes=(axes, 0), out_axes=(axes, 0))(
+            stacked.replace(step=states[0].step), own)
+    apart = lambda tree: [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(states))]
+    return [one.replace(step=state.step) for one in apart(state.replace(step=None))], apart(logs)
 
   everywhere = replicated(mesh)
-  return jax.jit(several, in_shardings=(everywhere, everywhere), out_shardings=everywhere,
-                 donate_argnums=0)
+  return jax.jit(together, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=0)
 
 
-def sharded_eval(evaluate: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
-  """Compiles `evaluate(state, batch) -> metric states`."""
-  return jax.jit(evaluate, in_shardings=(replicated(mesh), split(mesh)),
-                 out_shardings=replicated(mesh))
+def sharded_eval(evaluate: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Callable:
+  """Compiles `evaluate(state, batch, constants) -> metric states`; only the batch is split."""
+  everywhere = replicated(mesh)
+  return jax.jit(evaluate, in_shardings=(everywhere, split(mesh), everywhere),
+                 out_shardings=everywhere)

@@ -95,7 +95,7 @@ def test_latest_and_best_are_kept(run, monkeypatch):
   folder, _ = run
   shutil.rmtree(folder)
   scores = iter([0.9, 0.1, 0.2, 0.3, 0.4])
-  monkeypatch.setattr(loop, "score", lambda *args: next(scores))
+  monkeypatch.setattr("mtl_jax.experiment.run.score", lambda *args: next(scores))
   summary = loop.train(make(**{"train.steps": 10, "train.evaluate_every_steps": 2}), folder)
   kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
   assert kept == [2, 8, 10] and summary["best_step"] == 2

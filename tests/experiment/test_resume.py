@@ -13,6 +13,7 @@ import pytest
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import evaluation, loop
 from mtl_jax.experiment.checkpoint import Checkpoints
+from mtl_jax.experiment.run import Run
 from tests.experiment.conftest import final_checksums, make, records, tiny_source
 
 
@@ -36,7 +37,7 @@ def run_with_deaths(experiment, folder, monkeypatch, deaths):
         real = loop.stepper
         patch.setattr(loop, "stepper", lambda *args: dying(real(*args)))
       elif place == "evaluation":
-        patch.setattr(loop, "score", dying(evaluation.score))
+        patch.setattr("mtl_jax.experiment.run.score", dying(evaluation.score))
       elif place == "save":
         patch.setattr(Checkpoints, "save", dying(Checkpoints.save))
       elif place == "after save":
@@ -44,7 +45,7 @@ def run_with_deaths(experiment, folder, monkeypatch, deaths):
         patch.setattr(Checkpoints, "save",
                       lambda *args: (real(*args), dying(lambda: None)())[0])
       elif place == "end":
-        patch.setattr(loop._Run, "finish", dying(loop._Run.finish))
+        patch.setattr(Run, "finish", dying(Run.finish))
       with pytest.raises(Killed):
         loop.train(experiment, folder)
   return loop.train(experiment, folder)
@@ -195,7 +196,7 @@ def test_numbers_that_differ_are_an_error(tmp_path):
 
 def test_a_damaged_best_gives_way_to_the_newest_with_a_warning(tmp_path, monkeypatch, capsys):
   scores = iter([0.9, 0.1, 0.2])
-  monkeypatch.setattr(loop, "score", lambda *args: next(scores))
+  monkeypatch.setattr("mtl_jax.experiment.run.score", lambda *args: next(scores))
   loop.train(make(), tmp_path)
   (tmp_path / "summary.json").unlink()
   shutil.rmtree(tmp_path / "checkpoints" / "5" / "state")

@@ -5,6 +5,7 @@ import pytest
 
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import loop
+from mtl_jax.experiment.run import Run
 from mtl_jax.training.task_weights import weigh
 from tests.experiment.conftest import final_checksums, make, records
 
@@ -66,14 +67,14 @@ def test_by_losses_and_the_same_after_an_interruption(rule, tmp_path, monkeypatc
     expected = [weigh(validation[step] / validation[0], 1.0) for step in [0] * 5 + [5] * 5 + [10] * 2]
   np.testing.assert_allclose([weights[1:] for weights in found], expected, rtol=1e-6)
 
-  saves = loop._Run._save
+  saves = Run.save
 
   def stop_once(run):
     saves(run)
-    monkeypatch.setattr(loop._Run, "_save", saves)
-    run._checkpoints.wait()
+    monkeypatch.setattr(Run, "save", saves)
+    run.checkpoints.wait()
     raise loop.Interrupted(15)
-  monkeypatch.setattr(loop._Run, "_save", stop_once)
+  monkeypatch.setattr(Run, "save", stop_once)
   with pytest.raises(loop.Interrupted):
     loop.train(make(**changes), tmp_path / "halves")
   loop.train(make(**changes), tmp_path / "halves")

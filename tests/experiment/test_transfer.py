@@ -15,7 +15,6 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import fields, loop, transfer
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.console import Console
-from mtl_jax.experiment.run_folder import RunFolder
 from mtl_jax.training import sharding
 from tests.experiment.conftest import final_checksums, make, records, tiny_config, tiny_source
 from tests.experiment.test_resume import Killed
@@ -37,10 +36,8 @@ def start(**changes):
   """Variables at the start of a run, and those at the same start from nothing."""
   experiment = make(seed=3, **changes)
   plain = dataclasses.replace(experiment, config=fields.complete(tiny_config(seed=3)))
-  return (variables(transfer.first_state(experiment, one_device(), RunFolder("unused"),
-                                           Console())),
-          variables(transfer.first_state(plain, one_device(), RunFolder("unused"),
-                                           Console(quiet=True))))
+  return (variables(transfer.first_state(experiment, one_device(), Console())),
+          variables(transfer.first_state(plain, one_device(), Console(quiet=True))))
 
 
 def assert_taken_from(found, start, fresh, taken):
