@@ -18,6 +18,7 @@ import jax
 
 from mtl_jax.data import streams
 from mtl_jax.experiment import build, config, fields, loop
+from mtl_jax.training import train_step
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
 
 
@@ -37,7 +38,7 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
            for stream, examples in experiment.examples("train").items()}
   batch = jax.device_put(streams.preprocess(
       jax.device_put(batch), state.seed, state.step, statistics=experiment.statistics), split(mesh))
-  step = sharded_step(lambda s, b: build.train_step(
+  step = sharded_step(lambda s, b: train_step(
       s, b, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
       optimizer=experiment.optimizer, gradients=experiment.gradients), mesh)
   state, _ = jax.block_until_ready(step(state, batch))

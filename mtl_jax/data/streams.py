@@ -71,21 +71,6 @@ def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, st
   return result
 
 
-class _Records:
-  """Examples as Grain wants them, with their labels checked as they are read."""
-
-  def __init__(self, stream: str, examples: Examples, labels: Mapping[str, Label]):
-    self._stream, self._examples, self._labels = stream, examples, labels
-
-  def __len__(self) -> int:
-    return len(self._examples)
-
-  def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-    example = self._examples[index]
-    check_labels(self._stream, example, self._labels)
-    return example
-
-
 def check_labels(stream: str, columns: Mapping[str, np.ndarray],
                  labels: Mapping[str, Label]) -> None:
   """Raises ValueError for a class outside -1 … classes - 1, and for an infinite number."""
@@ -122,19 +107,24 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
     process: index of this process.
     num_processes: how many share each batch.
     num_threads: that read ahead.
+
+  Raises:
+    ValueError: where a batch holds a label out of range.
   """
   import grain
   iterators = {}
   for stream, examples in streams.items():
-    records = _Records(stream, examples, labels[stream])
     order = (seed + zlib.crc32(stream.encode())) % 2 ** 32  # a stream's own, whatever is beside it
-    dataset = (grain.MapDataset.source(records).seed(order).shuffle().repeat()
+    dataset = (grain.MapDataset.source(examples).seed(order).shuffle().repeat()
                [process::num_processes].batch(batch_size // num_processes, drop_remainder=True))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     iterators[stream] = iter(dataset.to_iter_dataset(options))
     iterators[stream].set_state({"next_index": int(turns[stream])})
   for names in itertools.repeat(tuple(streams)) if reads is None else reads:
-    yield {stream: dict(next(iterators[stream])) for stream in names}
+    batch = {stream: dict(next(iterators[stream])) for stream in names}
+    for stream, columns in batch.items():
+      check_labels(stream, columns, labels[stream])
+    yield batch
 
 
 def evaluation_batches(streams: Mapping[str, Examples], batch_size: int, *,
