@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import balancing
-from mtl_jax.balancing.balancer import gramian_of, init_state
+from mtl_jax.balancing.balancer import init_state
 from mtl_jax.data.sample import digits
 from mtl_jax.training.engines import Backward, Engine, exact, matrix_free, sketched
 from mtl_jax.training.optimizer import optimizer

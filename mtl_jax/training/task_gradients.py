@@ -1,6 +1,5 @@
 """From the tasks' gradients, by whichever engine, to the gradient of what they share."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax

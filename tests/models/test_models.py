@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
