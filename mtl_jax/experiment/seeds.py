@@ -1,4 +1,4 @@
-"""Several seeds in one program: a run folder each, as the seed alone leaves it, and their spread."""
+"""Several seeds in one program: a run folder each, as the seed alone leaves, and their spread."""
 
 from collections.abc import Iterator
 import contextlib
@@ -78,5 +78,5 @@ def _experiments(config: ConfigDict) -> Iterator[Experiment]:
     experiment = build(one, given)
     if experiment.engine != "resident":
       raise UserError(f"config.seeds: expected 1 with data from the host ({experiment.engine}), "
-                      f"found {config.seeds}; set config.data.engine=resident if it fits the device")
+                      f"found {config.seeds}; set config.data.engine=resident if it fits there")
     yield experiment

@@ -43,8 +43,9 @@ def assert_alike(found, expected):
     assert numbers(one) == pytest.approx(numbers(other), rel=2e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("vectorized, steps_per_call", [(False, None), (True, 2)],
-                         ids=["in-turn", "vectorized"])
+@pytest.mark.parametrize("vectorized, steps_per_call", [
+    pytest.param(False, None, id="in-turn", marks=pytest.mark.slow),
+    pytest.param(True, 2, id="vectorized")])
 def test_each_seed_is_as_if_alone(tmp_path, monkeypatch, vectorized, steps_per_call):
   changes = {"train.steps_per_call": steps_per_call}
   monkeypatch.setattr(seeds_stepper, "vectorized", lambda: vectorized)
@@ -111,6 +112,7 @@ def test_deaths_change_nothing(tmp_path, monkeypatch, capsys):
   seeds.evaluate(config, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_step_that_one_seed_lacks_is_done_again_by_all(tmp_path, capsys):
   """Whatever is damaged or gone of one seed, all go on from the newest step left in common."""
   config = complete(**TOGETHER)
@@ -146,6 +148,7 @@ def test_mistakes(changes, message, tmp_path):
   assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_diverging_seed_is_named(tmp_path):
   config = complete(**{"seeds": 2, "optimizer.name": "sgd", "optimizer.learning_rate": 1e12})
   with pytest.raises(UserError, match=r"seed [01], step \d+: .*task "):
@@ -159,6 +162,7 @@ def test_weights_that_do_not_fit_leave_the_folders_to_another_config(tmp_path):
   assert not list((tmp_path / "all").rglob("config.json"))
 
 
+@pytest.mark.slow
 def test_tasks_that_scale_their_labels_are_each_seeds_own(tmp_path, monkeypatch):
   """The mean of numbers differs between the seeds' training splits, and so do their programs."""
   def numbered(dir, download=True):
@@ -210,6 +214,7 @@ def test_seeds_draw_their_own_numbers(row):
   assert np.ptp(together, axis=0).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_eight_devices_train_the_seeds_of_one(tmp_path, monkeypatch):
   """The batch of every seed is split over the devices."""
   monkeypatch.setattr(seeds_stepper, "vectorized", lambda: True)
