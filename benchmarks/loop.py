@@ -8,9 +8,12 @@ engines. Prints JSON lines with medians, and the ratio to the bare step in the s
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
@@ -20,6 +23,7 @@ from timing import emit
 from mtl_jax.data import streams
 from mtl_jax.experiment import build, config, fields, loop
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
+from mtl_jax.training.step import train_step
 
 
 def experiment_of(file: str, steps: int, engine: str, data_dir: str) -> build.Experiment:
@@ -37,11 +41,11 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
   size = experiment.config.data.batch_size
   batch = {stream: {k: v[:size] for k, v in examples.arrays().items()}
            for stream, examples in experiment.examples("train").items()}
-  batch = jax.device_put(streams.preprocess(
-      jax.device_put(batch), state.seed, state.step, statistics=experiment.statistics), split(mesh))
-  step = sharded_step(lambda s, b: build.train_step(
-      s, b, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
+  batch = experiment.preprocess(jax.device_put(batch), state.seed, state.step, train=True)
+  step = sharded_step(functools.partial(
+      train_step, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
       optimizer=experiment.optimizer, gradients=experiment.config.train.gradients), mesh)
+  batch = jax.device_put(batch, split(mesh))
   state, _ = jax.block_until_ready(step(state, batch))
   times = []
   for _ in range(steps):
@@ -53,7 +57,7 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
 
 def loop_rate(experiment: build.Experiment) -> float:
   """Images a second that a real run logs, its first records (compilation) left out."""
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     loop.train(experiment, pathlib.Path(folder) / "run")
     lines = (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]

@@ -18,7 +18,7 @@ from timing import emit, medians, sample_of
 import mtl_jax
 from mtl_jax import balancing, models, tasks
 from mtl_jax.training.optimizer import optimizer
-from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
+from mtl_jax.training.sharding import data_mesh, replicated, sharded_step, split
 
 ENGINES = ("exact", "features")
 
@@ -65,14 +65,18 @@ def random_batch(some_tasks: Sequence[tasks.Task], batch_size: int) -> dict[str,
 
 
 def build(balancer: balancing.Balancer, engine: str, *, num_tasks: int, batch_size: int,
-          own_streams: bool = False, trunk: str = "cnn") -> tuple[Any, Any, Any]:
+          own_streams: bool = False, trunk: str = "cnn",
+          precision: str = "float32") -> tuple[Any, Any, Any]:
   """A step to be compiled, its state and its batch."""
+  in_precision = {} if precision == "float32" else {"precision": precision}
   statics = statics_of(balancer, num_tasks=num_tasks, own_streams=own_streams, trunk=trunk)
   batch = random_batch(statics["tasks"], batch_size)
   mesh = data_mesh()
-  state = create_sharded(lambda: mtl_jax.create_train_state(0, batch, **statics), mesh)
+  # Not under jit, so that many variants share the compilations of a few operations.
+  state = jax.device_put(mtl_jax.create_train_state(0, batch, **statics), replicated(mesh))
   step = sharded_step(functools.partial(
-      mtl_jax.train_step, **statics, gradients="exact" if engine == "none" else engine), mesh)
+      mtl_jax.train_step, **statics, gradients="exact" if engine == "none" else engine,
+      **in_precision), mesh)
   return step, state, jax.device_put(batch, split(mesh))
 
 

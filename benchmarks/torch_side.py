@@ -222,7 +222,7 @@ def answer(request: dict[str, Any], trainings: dict[str, Training]) -> dict[str,
     training = Training(**request)
   except ImportError as error:
     return {"missing": error.name}
-  losses = [float(loss) for loss in training.step()]
+  losses = [loss.item() for loss in training.step()]
   trainings[name] = training
   return {"losses": losses}
 
