@@ -6,6 +6,7 @@
 
 import argparse
 import logging
+import os
 import pathlib
 import re
 import shlex
@@ -58,8 +59,9 @@ def main(argv: list[str]) -> int:
   try:
     arguments = _arguments(argv)
     # Imported here: jax takes seconds.
-    from mtl_jax.experiment import build, config, fields, folds, inspection, loop
+    from mtl_jax.experiment import build, compiled, config, fields, folds, inspection, loop
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
+    compiled.keep(os.environ)
     several = complete.data.folds and complete.data.fold is None and arguments.mode != "inspect"
     room = inspection if arguments.mode == "inspect" else folds if several else loop
     run = getattr(room, arguments.mode)

@@ -25,8 +25,9 @@ TASKS = {
     "box": {"name": "boxes", "label": "box", "head": {"name": "linear"}},
     "digits": {"name": "detection", "label": "objects", "head": {"name": "detection"}},
     "count": {"name": "regression", "label": "count", "head": {"name": "linear"}},
-    "mask": {"name": "segmentation", "label": "mask", "head": {"name": "upsampling"}},
-    "depth": {"name": "depth", "label": "depth", "head": {"name": "upsampling"}},
+    "mask": {"name": "segmentation", "label": "mask",
+             "head": {"name": "upsampling", "channels": 16}},
+    "depth": {"name": "depth", "label": "depth", "head": {"name": "upsampling", "channels": 16}},
 }
 
 # At equal weights the regressions, which fall fast, starve the class.

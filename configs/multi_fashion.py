@@ -25,7 +25,7 @@ TASKS = {
     "left": {"name": "classification", "label": "left", "head": {"name": "linear"}},
     "right": {"name": "classification", "label": "right", "head": {"name": "linear"}},
     "right_image": {"name": "reconstruction", "label": "right_image",
-                    "head": {"name": "upsampling"}},
+                    "head": {"name": "upsampling", "channels": 16}},
 }
 
 

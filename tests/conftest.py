@@ -8,13 +8,13 @@ os.environ["NPROC"] = "16"  # threads for the fake devices' all-reduces: fewer c
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
                            + " --xla_force_host_platform_device_count=8")
 
+# One compilation a program, however many runs of it a session starts; launches inherit this.
+_cache = tempfile.TemporaryDirectory(prefix="mtl_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# One compilation a program, however many runs of it a session starts.
-_cache = tempfile.TemporaryDirectory(prefix="mtl_jax_compiled_")
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -6,6 +6,7 @@ PCG64, whose stream numpy guarantees, and all arithmetic is on integers.
 
 from collections.abc import Sequence
 import dataclasses
+from importlib import metadata
 
 import numpy as np
 
@@ -88,11 +89,10 @@ class Handwriting:
 
 def by_split() -> dict[str, Handwriting]:
   """The handwriting by split: of every class five in six for train, the others for test."""
-  from sklearn.datasets import load_digits
-  written = load_digits()
-  sheets = _ruled(written.images.astype(np.int32))
+  images, classes = _written_digits()
+  sheets = _ruled(images)
   order = Random("handwriting").permutation(len(sheets))
-  by_class = [order[written.target[order] == digit] for digit in range(10)]
+  by_class = [order[classes[order] == digit] for digit in range(10)]
   cuts = [len(indices) // 6 for indices in by_class]
   return {
       "train": Handwriting(sheets, [i[cut:] for i, cut in zip(by_class, cuts)]),
@@ -100,11 +100,22 @@ def by_split() -> dict[str, Handwriting]:
   }
 
 
+def _written_digits() -> tuple[np.ndarray, np.ndarray]:
+  """What scikit-learn's `load_digits` gives: images [N, 8, 8] of 0 to 16, and their digits [N]."""
+  # Read by its path: to import scikit-learn takes longer than to draw all images.
+  path = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+  table = np.loadtxt(path, np.int32, delimiter=",")
+  return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
+
+
 def _ruled(images: np.ndarray) -> np.ndarray:
   """Images [N, 8, 8] of 0 to 16, bilinearly enlarged to sheets on which strokes have edges."""
   centers = 2 * np.arange(SHEET)[:, None] + 1 - FINE  # in units of 1 / (2 * FINE) pixel
   distance = np.abs(centers - 2 * FINE * np.arange(10))
   weights = np.maximum(2 * FINE - distance, 0)  # [SHEET, 10], rows sum to 16
-  framed = np.pad(images, ((0, 0), (1, 1), (1, 1)))
-  ink = weights @ (framed @ weights.T)  # 0 to 4096, of which 5/16 is still paper and 11/16 all ink
+  # float32 holds these integers exactly, and numpy multiplies matrices of it much faster.
+  weights, framed = (x.astype(np.float32) for x in
+                     (weights, np.pad(images, ((0, 0), (1, 1), (1, 1)))))
+  ink = (weights @ (framed @ weights.T)).astype(np.int16)
+  # 0 to 4096, of which 5/16 is still paper and 11/16 all ink
   return np.clip((ink - 1280) // 12, 0, OPAQUE).astype(np.uint8)

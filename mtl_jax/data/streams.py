@@ -6,11 +6,11 @@
             iterator starts at any step without replaying what came before.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+import itertools
 from typing import Any
 import zlib
 
-import grain
 import jax
 import numpy as np
 
@@ -23,20 +23,21 @@ ENGINES = ("resident", "grain")
 
 
 def resident_batch(columns: Mapping[str, Mapping[str, jax.Array]], batch_size: int,
-                   seed: jax.Array, step: jax.Array) -> dict[str, dict[str, jax.Array]]:
+                   seed: jax.Array,
+                   turns: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
   """One step's batch out of resident data; pure, for use inside a compiled step.
 
   Args:
     columns: `{stream: {"image": [N, H, W, C], label: [N]}}`.
     batch_size: examples of each stream.
     seed: [] of the run.
-    step: [] of the run.
+    turns: by stream, how many of its batches came before, [].
   """
   batch = {}
   for stream, data in columns.items():
     size = next(iter(data.values())).shape[0]
     key = purpose_key(seed, f"order/{stream}")
-    indices = batch_indices(key, step, batch_size, size)
+    indices = batch_indices(key, turns[stream], batch_size, size)
     batch[stream] = {name: column[indices] for name, column in data.items()}
   return batch
 
@@ -99,22 +100,25 @@ def check_labels(stream: str, columns: Mapping[str, np.ndarray],
                        f"(-1 where missing), found {found}")
 
 
-def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, start: int, *,
-                  labels: Mapping[str, Mapping[str, Label]], process: int = 0,
+def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
+                  turns: Mapping[str, int], *, labels: Mapping[str, Mapping[str, Label]],
+                  reads: Iterable[Collection[str]] | None = None, process: int = 0,
                   num_processes: int = 1, num_threads: int = 2
                   ) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-  """Endless training batches from the host, this process's share of each.
+  """Training batches from the host, this process's share of each.
 
   Args:
     streams: training examples by stream.
     batch_size: examples of each stream over all processes; a multiple of `num_processes`.
     seed: of the order.
-    start: the step whose batch comes first.
+    turns: by stream, how many of its batches came before.
     labels: those to check, by stream.
+    reads: the streams of each batch, one after the other; all of them, endlessly, where left out.
     process: index of this process.
     num_processes: how many share each batch.
     num_threads: that read ahead.
   """
+  import grain
   iterators = {}
   for stream, examples in streams.items():
     records = _Records(stream, examples, labels[stream])
@@ -123,9 +127,9 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int, s
                [process::num_processes].batch(batch_size // num_processes, drop_remainder=True))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     iterators[stream] = iter(dataset.to_iter_dataset(options))
-    iterators[stream].set_state({"next_index": start})
-  while True:
-    yield {stream: dict(next(iterator)) for stream, iterator in iterators.items()}
+    iterators[stream].set_state({"next_index": int(turns[stream])})
+  for names in itertools.repeat(tuple(streams)) if reads is None else reads:
+    yield {stream: dict(next(iterators[stream])) for stream in names}
 
 
 def evaluation_batches(streams: Mapping[str, Examples], batch_size: int, *,

@@ -27,6 +27,8 @@ from mtl_jax.tasks import Task
 from mtl_jax.training.optimizer import SCHEDULES, by_part, optimizer
 from mtl_jax.training.parameter_groups import check_patterns
 from mtl_jax.training.penalties import PENALTIES
+from mtl_jax.training.schedules import SCHEDULES as TASK_SCHEDULES
+from mtl_jax.training.schedules import TaskSchedule
 from mtl_jax.training.task_gradients import check_engine
 from mtl_jax.training.task_weights import RULES, Rule, weigh
 
@@ -48,9 +50,10 @@ def build(config: ConfigDict, given: Mapping[str, Source] | None = None) -> Expe
   if unread:
     raise UserError(f"config.data.streams: expected streams that a task reads, found that none reads "
                     f"{', '.join(sorted(unread))}")
-  longest = max(len(source.splits["train"]) for source in loaded.values())
+  schedule = _schedule(config, tasks, loaded)
   batch_size = config.data.batch_size
-  steps_per_epoch = max(longest // batch_size, 1)
+  steps_per_epoch = max(round(len(source.splits["train"]) / schedule.shares[stream]) // batch_size
+                        for stream, source in loaded.items()) or 1
   units = functools.partial(duration_steps, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
   num_steps = units(config.train, "", default=0)
   weights, rule = _task_weights(config, tasks, loaded)
@@ -68,6 +71,7 @@ def build(config: ConfigDict, given: Mapping[str, Source] | None = None) -> Expe
       engine=datasets.engine(config.data.engine, loaded),
       task_weights=weights,
       rule=rule,
+      schedule=schedule,
       num_steps=num_steps,
       steps_per_epoch=steps_per_epoch,
       evaluate_every=units(config.train, "evaluate_every_", default=steps_per_epoch),
@@ -116,6 +120,16 @@ def _balancer(config: ConfigDict, tasks: tuple[Task, ...]) -> Balancer:
   except ValueError as error:
     raise UserError(f"config.balancer: {error}") from error
   return balancer
+
+
+def _schedule(config: ConfigDict, tasks: tuple[Task, ...],
+              loaded: Mapping[str, Source]) -> TaskSchedule:
+  return sections.make(
+      "config.schedule", config.schedule.to_dict(), TASK_SCHEDULES,
+      tasks=tuple(task.name for task in tasks),
+      streams={task.name: task.stream for task in tasks},
+      sizes={task.name: num_labelled(task, loaded[task.stream].splits["train"])
+             for task in tasks} if config.schedule.name == "sampled" else {})
 
 
 def _task_weights(config: ConfigDict, tasks: tuple[Task, ...],

@@ -17,6 +17,7 @@ from mtl_jax.data.source import Columns, Examples, Label, Source
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.tasks import Task
 from mtl_jax.training import create_train_state, eval_step, train_step
+from mtl_jax.training.schedules import TaskSchedule, scheduled_step
 from mtl_jax.training.task_weights import Rule
 
 
@@ -37,8 +38,9 @@ class Experiment:
     engine: of the data, "resident" or "grain".
     task_weights: of each task before any balancing, at the start.
     rule: by which the task weights are found from losses, or None.
+    schedule: of the tasks.
     num_steps: length of the run.
-    steps_per_epoch: of the longest stream.
+    steps_per_epoch: of the stream that takes longest.
     evaluate_every: steps between evaluations.
   """
 
@@ -54,6 +56,7 @@ class Experiment:
   engine: str
   task_weights: tuple[float, ...]
   rule: Rule | None
+  schedule: TaskSchedule
   num_steps: int
   steps_per_epoch: int
   evaluate_every: int
@@ -98,6 +101,17 @@ class Experiment:
     return {stream: jax.tree.map(shape, dict(examples[0]))
             for stream, examples in self.examples("train").items()}
 
+  def streams_at(self, step: int) -> tuple[str, ...]:
+    """The streams that the tasks of a step read."""
+    group = self.schedule.groups[0]
+    if len(self.schedule.groups) > 1:
+      group = self.schedule.groups[int(self._group_at(np.uint32(self.config.seed), np.int32(step)))]
+    return tuple(dict.fromkeys(task.stream for task in self.tasks if task.name in group))
+
+  @functools.cached_property
+  def _group_at(self) -> Callable[[np.uint32, np.int32], jax.Array]:
+    return jax.jit(lambda seed, step: self.schedule.group_at(seed, step, self.num_steps))
+
   def preprocess(self, batch: Any, seed: jax.Array, step: jax.Array, train: bool) -> Any:
     """Normalised, in training augmented, images in place of the uint8 ones, labels moved along."""
     labels = {stream: source.labels for stream, source in self.sources.items()}
@@ -110,18 +124,24 @@ class Experiment:
                for stream in self.sources}
     return create_train_state(seed, example, model=self.model, tasks=self.tasks,
                               balancer=self.balancer, optimizer=self.optimizer,
-                              task_weights=jnp.asarray(self.task_weights, jnp.float32))
+                              task_weights=jnp.asarray(self.task_weights, jnp.float32),
+                              schedule_state=self.schedule.init(len(self.tasks)))
 
   def train_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-    """One step on a batch with uint8 images."""
-    batch = self.preprocess(batch, state.seed, state.step, train=True)
-    return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
-                      optimizer=self.optimizer, gradients=self.config.train.gradients,
-                      penalties=self.penalties,
-                      diagnose_every=self.config.train.diagnose_every_steps or 0,
-                      frozen=self.config.init_from.freeze if self.config.init_from else ())
+    """One step on a batch with uint8 images, of the tasks whose turn it is."""
+    frozen = self.config.init_from.freeze if self.config.init_from else ()
+
+    def step(state: Any, batch: Any, **taking_part: Any) -> tuple[Any, dict[str, Any]]:
+      batch = self.preprocess(batch, state.seed, state.step, train=True)
+      return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
+                        optimizer=self.optimizer, gradients=self.config.train.gradients,
+                        penalties=self.penalties,
+                        diagnose_every=self.config.train.diagnose_every_steps or 0, frozen=frozen,
+                        precision=self.config.train.precision, **taking_part)
+    return scheduled_step(state, batch, schedule=self.schedule, num_steps=self.num_steps, step=step)
 
   def eval_step(self, state: Any, batch: Any) -> dict[str, Any]:
     """Metric states of a batch with uint8 images."""
     batch = self.preprocess(batch, state.seed, state.step, train=False)
-    return eval_step(state, batch, model=self.model, tasks=self.tasks)
+    return eval_step(state, batch, model=self.model, tasks=self.tasks,
+                     precision=self.config.train.precision)

@@ -15,10 +15,12 @@ from mtl_jax.models import HEADS, SHARINGS, TRUNKS
 from mtl_jax.tasks import KINDS
 from mtl_jax.training.optimizer import MASKS, OPTIMIZERS, SCHEDULES, optimizer
 from mtl_jax.training.penalties import PENALTIES
+from mtl_jax.training.precision import PRECISIONS
+from mtl_jax.training.schedules import SCHEDULES as TASK_SCHEDULES
 from mtl_jax.training.task_weights import RULES
 
 SECTIONS = ("seed", "data", "tasks", "task_weights", "trunk", "sharing", "balancer", "optimizer",
-            "penalties", "train", "init_from")
+            "penalties", "schedule", "train", "init_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class TrainSection:
 
   Attributes:
     steps: length of the run in optimizer steps,
-    epochs: or in passes over the longest stream,
+    epochs: or in passes over the stream that takes longest,
     examples: or in examples of each stream.
     evaluate_every_steps: between evaluations on validation, each followed by a checkpoint;
     evaluate_every_epochs: one epoch where no unit is given;
@@ -73,6 +75,7 @@ class TrainSection:
     steps_per_call: optimizer steps in one compiled call on resident data; 1 on CPUs and 16 on
       accelerators when None.
     gradients: engine of the task gradients, "exact" or "features".
+    precision: in which trunk and heads compute, "float32" or "bfloat16"; all else is float32.
     diagnose_every_steps: between steps whose exact Gramian is taken for the records, whatever
       the balancer and the engine; None for never.
   """
@@ -86,6 +89,7 @@ class TrainSection:
   log_every_steps: int = 10
   steps_per_call: int | None = None
   gradients: str = "exact"
+  precision: str = "float32"
   diagnose_every_steps: int | None = None
 
 
@@ -141,6 +145,8 @@ def complete(config: ConfigDict) -> ConfigDict:
       "balancer": _balancer(found.get("balancer", {"name": "equal"}), found["tasks"]),
       "optimizer": _optimizer(found["optimizer"]),
       "penalties": _penalties(found.get("penalties", {})),
+      "schedule": sections.complete("config.schedule", found.get("schedule", {"name": "joint"}),
+                                    TASK_SCHEDULES, given=("tasks", "streams", "sizes")),
       "train": sections.arguments_of("config.train", TrainSection, found["train"]),
   }
   result["tasks"] = {name: _task(name, task, result["data"]["streams"])
@@ -149,6 +155,10 @@ def complete(config: ConfigDict) -> ConfigDict:
   result["init_from"] = _init_from(found.get("init_from"), found["tasks"])
   sections.check_sizes("config.trunk", result["trunk"])
   sections.check_sizes("config.train", result["train"])
+  precision = result["train"]["precision"]
+  if precision not in PRECISIONS:
+    raise UserError(f"config.train.precision: {sections.nearest(precision, PRECISIONS)}; "
+                    f"found {precision!r}")
   if not 0 <= result["seed"] < 2 ** 32:
     raise UserError(f"config.seed: expected 0 … 2**32 - 1, found {result['seed']}")
   for prefix in ("", "evaluate_every_"):

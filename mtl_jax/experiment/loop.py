@@ -161,7 +161,7 @@ class _Run:
       first = self._record["first_metrics"] = self._evaluate(self._state, "validation")
       self._write({**self._header(0, "validation"), **first})
       self._weigh_tasks(first)
-    self._steps = stepper(experiment, mesh, self._step, stack)
+    self._steps = stepper(experiment, mesh, self._step, jax.device_get(self._state.turns), stack)
 
   def to_the_end(self, stop: Sequence[int]) -> None:
     """Trains, evaluates and saves until the last step is done, or `stop` holds a signal."""
@@ -226,7 +226,8 @@ class _Run:
   def _log(self, logs: dict[str, Any], count: int) -> None:
     """Writes the records of the steps just done, and stops a run that diverged."""
     every = self._experiment.config.train.log_every_steps
-    examples = count * self._experiment.config.data.batch_size * len(self._experiment.sources)
+    examples = (count * self._experiment.config.data.batch_size
+                * sum(self._experiment.schedule.shares.values()))
     now = time.perf_counter()
     rate, self._called_at = examples / (now - self._called_at), now
     losses = {}
@@ -234,7 +235,8 @@ class _Run:
       self._step += 1
       step_logs = jax.tree.map(lambda x: x[i], logs)  # noqa: B023
       self._check_finite(step_logs)
-      losses = dict(zip((task.name for task in self._experiment.tasks), step_logs["losses"]))
+      losses |= {task.name: loss for task, loss, active in zip(
+          self._experiment.tasks, step_logs["losses"], step_logs["active"]) if active}
       if self._step % every == 0:
         self._write({**self._header(self._step, "train"),
                      **_train_values(self._experiment, step_logs),
@@ -287,7 +289,7 @@ def _train_values(experiment: Experiment, logs: dict[str, Any]) -> dict[str, flo
   values = compute_metrics(experiment.tasks, logs["metrics"])
   for i, task in enumerate(experiment.tasks):
     values[f"{task.name}/weight"] = float(logs["weights"][i])
-    if experiment.config.task_weights:
+    if experiment.config.task_weights or experiment.schedule.factors_at:
       values[f"{task.name}/task_weight"] = float(logs["task_weights"][i])
   for name, value in logs["penalties"].items():
     values[f"penalty/{name}"] = float(value)

@@ -60,6 +60,11 @@ def stage_place(trunk: nn.Module, name: str, argument: str) -> int:
   return stages.index(name)
 
 
+def block_names(trunk: nn.Module, stage: str) -> tuple[str, ...]:
+  """The names of a stage's blocks in order; of a trunk that names none, the stage itself."""
+  return trunk.blocks_of(stage) if hasattr(type(trunk), "blocks_of") else (stage,)
+
+
 def call_stages(trunk: nn.Module, names: Sequence[str], x: jax.Array,
                 train: bool) -> OrderedDict[str, jax.Array]:
   """What each of some successive stages gives, from what the stage before them gave."""

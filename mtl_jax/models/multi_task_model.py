@@ -1,7 +1,7 @@
 """The model: a sharing architecture around a trunk, and one head a task."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -34,13 +34,14 @@ class MultiTaskModel(nn.Module):
   heads: Mapping[str, nn.Module]
   streams: Mapping[str, str] | None = None
 
-  def features(self, batch: Mapping[str, Mapping[str, jax.Array]],
-               train: bool = False) -> dict[str, Any]:
-    """Features [B, F] of each task, the outputs of the sharing architecture.
+  def features(self, batch: Mapping[str, Mapping[str, jax.Array]], train: bool = False,
+               only: Collection[str] | None = None) -> dict[str, Any]:
+    """Features [B, F] of each task, or of `only` some; the outputs of the sharing architecture.
 
     Where any head reads maps, those of each task in their place, the features among them.
     """
-    streams = {task: (self.streams or {}).get(task, task) for task in self.heads}
+    streams = {task: (self.streams or {}).get(task, task) for task in self.heads
+               if only is None or task in only}
     images = {stream: batch[stream]["image"] for stream in dict.fromkeys(streams.values())}
     if self._has_maps():
       maps = self.sharing(images, streams, train, maps=True)
@@ -48,19 +49,23 @@ class MultiTaskModel(nn.Module):
     return self.sharing(images, streams, train)
 
   def outputs(self, features: Mapping[str, Any], train: bool = False) -> dict[str, Any]:
-    """Outputs of each task's head from what `features` gave."""
+    """Outputs of each task's head from what `features` gave, of those tasks that it gave."""
     has_maps = self._has_maps()
+    heads = {task: head for task, head in self.heads.items() if task in features}
     read = {task: features[task]["features"] if has_maps and not reads_maps(head)
-            else features[task] for task, head in self.heads.items()}
-    return {task: call_module(head, read[task], train) for task, head in self.heads.items()}
+            else features[task] for task, head in heads.items()}
+    return {task: call_module(head, read[task], train) for task, head in heads.items()}
 
   def _has_maps(self) -> bool:
     return any(reads_maps(head) for head in self.heads.values())
 
-  def __call__(self, batch: Mapping[str, Mapping[str, jax.Array]],
-               train: bool = False) -> dict[str, Any]:
-    """Outputs of each task for a batch `{stream: {"image": [B, H, W, C] or [B, D], …}}`."""
-    return self.outputs(self.features(batch, train), train)
+  def __call__(self, batch: Mapping[str, Mapping[str, jax.Array]], train: bool = False,
+               only: Collection[str] | None = None) -> dict[str, Any]:
+    """Outputs of each task for a batch `{stream: {"image": [B, H, W, C] or [B, D], …}}`.
+
+    Where `only` names tasks, of those alone; the streams that the others read are not looked at.
+    """
+    return self.outputs(self.features(batch, train, only), train)
 
   def owner(self, path: tuple[str, ...]) -> str | None:
     """Which task alone owns the parameter at `path`; None where it is shared."""

@@ -13,8 +13,8 @@ from mtl_jax.tasks.parts import filled, mean_of_parts, present
 from mtl_jax.tasks.reconstruction import reconstruction
 from mtl_jax.tasks.regression import regression
 from mtl_jax.tasks.segmentation import segmentation
-from mtl_jax.tasks.task import (Task, compute_metrics, labelled, labels_of, merge_metrics,
-                                task_losses, task_metrics)
+from mtl_jax.tasks.task import (Task, compute_metrics, empty_metrics, labelled, labels_of,
+                                merge_metrics, task_losses, task_metrics)
 
 KINDS = {
     "boxes": boxes,

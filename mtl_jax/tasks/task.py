@@ -118,6 +118,23 @@ def task_metrics(tasks: Sequence[Task], outputs: Mapping[str, Any],
   return states
 
 
+def empty_metrics(tasks: Sequence[Task], outputs: Mapping[str, Any],
+                  batch: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str, Any]]:
+  """States of no example at all, as `task_metrics` gives for a training step.
+
+  Args:
+    tasks: some tasks.
+    outputs: shapes of their heads' outputs, [B, …].
+    batch: shapes of their labels, [B, …].
+  """
+  one = lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype)
+  nobody = jnp.zeros(1, jnp.bool_)
+  return {task.name: {metric.name: metric.update(jax.tree.map(one, outputs[task.name]),
+                                                 one(batch[task.stream][task.label]), nobody)
+                      for metric in task.all_metrics if not metric.gathered}
+          for task in tasks}
+
+
 def merge_metrics(tasks: Sequence[Task], a: dict, b: dict) -> dict:
   """Metric states of the examples of both, of those metrics that are in them."""
   return {task.name: {metric.name: metric.merge(a[task.name][metric.name],

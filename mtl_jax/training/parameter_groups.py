@@ -1,6 +1,6 @@
 """Parameters that stand still or learn at a rate of their own, by patterns of their paths."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import fnmatch
 import math
 from typing import Any, TypeVar
@@ -34,6 +34,26 @@ def hold(params: Mapping[Path, Leaf], frozen: Sequence[str]) -> dict[Path, Leaf]
   """The parameters by path, those that a pattern says cut off from every gradient."""
   return {path: jax.lax.stop_gradient(x) if any(matches(pattern, path) for pattern in frozen) else x
           for path, x in params.items()}
+
+
+def kept(new: Any, old: Any, paths: Collection[Path]) -> Any:
+  """A tree as it is now, but what belongs to some parameters as it was.
+
+  Args:
+    new: of parameters, or a state in which trees of the parameters' structure lie, as an
+      optimizer's.
+    old: of the same structure.
+    paths: of those parameters.
+
+  >>> kept({"mu": {"a": 1, "b": 2}, "count": 9}, {"mu": {"a": 0, "b": 0}, "count": 8}, [("b",)])
+  {'count': 9, 'mu': {'a': 1, 'b': 0}}
+  """
+  wanted, lengths = set(paths), {len(path) for path in paths}
+
+  def pick(place: Any, now: Any, before: Any) -> Any:
+    keys = tuple(key.key for key in place if isinstance(key, jax.tree_util.DictKey))
+    return before if any(keys[-length:] in wanted for length in lengths) else now
+  return jax.tree_util.tree_map_with_path(pick, new, old)
 
 
 def factors(params: Any, freeze: Sequence[str] = (),

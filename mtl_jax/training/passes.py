@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.tasks import Task, task_losses, task_metrics
 from mtl_jax.training.parameter_groups import hold
+from mtl_jax.training.precision import apply
 
 Flat = Mapping[tuple[str, ...], jax.Array]  # parameters, or gradients of them, by path
 
@@ -20,13 +21,15 @@ class Pass(NamedTuple):
 
   Attributes:
     losses: [T].
-    active: [T] bool, whether the batch holds a label of the task.
+    active: [T] bool, whether the task takes part and the batch holds a label of it.
     metrics: `{task: {metric: state}}`.
     model_state: the model's other variables after the pass.
-    feature_grads: gradient of each task's loss with respect to its features, by task.
+    feature_grads: gradient of each task's loss with respect to its features, by task; None for a
+      task that takes no part.
     pull_shared: from cotangents of all tasks' features to the gradients of shared parameters, as
       the model nests them.
     own_grads: gradient of each owned parameter, of the loss of the task that owns it.
+    penalties: names of those that depend on the batch; see `PassOf.penalties`.
   """
 
   losses: jax.Array
@@ -36,55 +39,102 @@ class Pass(NamedTuple):
   feature_grads: dict[str, Any]
   pull_shared: Callable[[Mapping[str, Any]], Any]
   own_grads: Flat
+  penalties: tuple[str, ...]
 
 
 class PassOf(NamedTuple):
-  """What a pass is made of besides parameters and batch: model, tasks, their weights, keys, and
-  patterns of the parameters that stand still, whose gradients are zero."""
+  """What a pass is made of besides parameters and batch.
+
+  Attributes:
+    model: the model.
+    tasks: the T tasks.
+    task_weights: [T]; a task whose weight is 0 is not active.
+    rngs: keys by purpose.
+    frozen: patterns of the parameters that stand still, whose gradients are zero.
+    only: names of the tasks that take part; all where it is None.
+    precision: in which the model computes.
+  """
 
   model: MultiTaskModel
   tasks: Sequence[Task]
   task_weights: jax.Array
   rngs: Mapping[str, jax.Array]
   frozen: Sequence[str] = ()
+  only: Sequence[str] | None = None
+  precision: str = "float32"
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
-    model, tasks = self.model, self.tasks
-    collections = list(model_state)
+    model, tasks = self.model, self.taking_part
     flat = flatten_dict(params)
     shared = {path: x for path, x in flat.items() if model.owner(path) is None}
     owned = {path: x for path, x in flat.items() if model.owner(path) is not None}
-    apply = functools.partial(model.apply, train=True, mutable=collections, rngs=self.rngs)
+    run = functools.partial(apply, model, precision=self.precision, train=True, rngs=self.rngs)
 
     def features_of(shared: Flat, owned: Flat) -> tuple[dict[str, Any], Any]:
-      variables = {"params": self._held({**shared, **owned}), **model_state}
-      features, new_state = apply(variables, batch, method="features")
-      return {task.name: features[task.name] for task in tasks}, new_state
+      features, *rest = self._features(self._held({**shared, **owned}), model_state, batch)
+      return {task.name: features[task.name] for task in tasks}, rest
 
     def losses_of(owned: Flat, features: dict[str, Any]) -> tuple[jax.Array, Any]:
       variables = {"params": self._held({**shared, **owned}), **middle_state}
-      outputs, new_state = apply(variables, features, method="outputs")
-      losses, active = task_losses(tasks, outputs, batch)
+      outputs, new_state = run(variables, features, method="outputs", mutable=list(model_state))
+      losses, active = self._losses_of(outputs, batch)
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
-      return losses * self.task_weights, (active, metrics, new_state)
+      return losses, (active, metrics, new_state)
 
-    features, pull, middle_state = jax.vjp(features_of, shared, owned, has_aux=True)
+    features, pull, (middle_state, penalties) = jax.vjp(features_of, shared, owned, has_aux=True)
     losses, pull_losses, (active, metrics, new_state) = jax.vjp(
         losses_of, owned, features, has_aux=True)
     # Each owned parameter reaches one loss only, so one unweighted pass serves them all.
     head_grads, feature_grads = pull_losses(jnp.ones_like(losses))
-    feature_grads = {task.name: feature_grads[task.name] for task in tasks}  # jax sorts dicts
     own_grads = jax.tree.map(jnp.add, head_grads, pull(feature_grads)[1])
-    return Pass(losses, active, metrics, new_state, feature_grads,
-                lambda cotangents: unflatten_dict(pull(cotangents)[0]), own_grads)
+    feature_grads = {task.name: feature_grads.get(task.name) for task in self.tasks}
+
+    def pull_shared(cotangents: Mapping[str, Any]) -> Any:
+      taken = {task: x for task, x in cotangents.items() if x is not None}
+      return unflatten_dict(pull(taken)[0])
+    return Pass(losses, active, metrics, new_state, feature_grads, pull_shared, own_grads,
+                tuple(penalties))
 
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
     held = self._held(flatten_dict(params))
-    outputs, _ = self.model.apply({"params": held, **model_state}, batch, train=True,
-                                  mutable=list(model_state), rngs=self.rngs)
-    return task_losses(self.tasks, outputs, batch)[0] * self.task_weights
+    outputs, _ = apply(self.model, {"params": held, **model_state}, batch, self.precision,
+                       train=True, only=self.only, mutable=list(model_state), rngs=self.rngs)
+    return self._losses_of(outputs, batch)[0]
+
+  @property
+  def taking_part(self) -> tuple[Task, ...]:
+    """The tasks that take part, in their order."""
+    return tuple(task for task in self.tasks if self.only is None or task.name in self.only)
+
+  def _losses_of(self, outputs: Mapping[str, Any], batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Weighted losses [T], 0 of those that take no part, and which tasks are active, [T]."""
+    losses, active = task_losses(self.taking_part, outputs, batch)
+    if self.only is not None:
+      places = jnp.array([i for i, task in enumerate(self.tasks) if task.name in self.only])
+      losses = jnp.zeros(len(self.tasks), losses.dtype).at[places].set(losses)
+      active = jnp.zeros(len(self.tasks), jnp.bool_).at[places].set(active)
+    return losses * self.task_weights, active & (self.task_weights > 0)
+
+  def penalties(self, params: Any, model_state: Any, batch: Any) -> dict[str, jax.Array]:
+    """What the sharing architecture adds to the loss on this batch, `{name: []}`.
+
+    Its modules `sow` it in the collection "penalties"; values of one name add up. Where little of
+    the pass is needed for it XLA drops the rest, and shares with `forward` what is the same.
+    """
+    return self._features(params, model_state, batch)[2]
+
+  def _features(self, params: Any, model_state: Any,
+                batch: Any) -> tuple[dict[str, Any], Any, dict[str, jax.Array]]:
+    """Features in training mode, the other variables after the pass, and penalties by name."""
+    features, new_state = apply(
+        self.model, {"params": params, **model_state}, batch, self.precision, train=True,
+        only=self.only, method="features", mutable=[*model_state, "penalties"], rngs=self.rngs)
+    penalties = {}
+    for (*_, name), values in flatten_dict(new_state.pop("penalties", {})).items():
+      penalties[name] = sum(values, penalties.get(name, jnp.zeros(())))
+    return features, new_state, penalties
 
   def _held(self, flat: Flat) -> Any:
     return unflatten_dict(hold(flat, self.frozen))

@@ -26,6 +26,8 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: of the optimizer.
     balancer_state: of the balancer.
     task_weights: [T] factors of the losses before any balancing.
+    turns: by stream, how many batches of it were trained on, [] int32: what comes next.
+    schedule_state: of the schedule of tasks.
     seed: [] uint32; all randomness is drawn from it, the purpose and the step.
   """
 
@@ -35,13 +37,16 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
   balancer_state: Any
   task_weights: jax.Array
+  turns: dict[str, jax.Array]
+  schedule_state: Any
   seed: jax.Array
 
 
 def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[str, jax.Array]],
                        *, model: MultiTaskModel, tasks: Sequence[Task], balancer: Balancer,
                        optimizer: optax.GradientTransformation,
-                       task_weights: jax.typing.ArrayLike = 1.0) -> TrainState:
+                       task_weights: jax.typing.ArrayLike = 1.0,
+                       schedule_state: Any = ()) -> TrainState:
   """A fresh training state.
 
   Args:
@@ -52,6 +57,7 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
     balancer: the balancing method.
     optimizer: an optax optimizer.
     task_weights: one factor of the losses, or [T].
+    schedule_state: what the schedule of tasks keeps, see `schedules.TaskSchedule.init`.
 
   Raises:
     ValueError: where tasks and heads do not match.
@@ -72,6 +78,8 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
       # A method may start two numbers as one array, which could not be donated.
       balancer_state=jax.tree.map(jnp.copy, balancer_state),
       task_weights=jnp.full(len(tasks), jnp.asarray(task_weights, jnp.float32)),
+      turns={task.stream: jnp.zeros((), jnp.int32) for task in tasks},
+      schedule_state=jax.tree.map(jnp.copy, schedule_state),
       seed=jnp.asarray(seed, jnp.uint32),
   )
 

@@ -12,10 +12,11 @@ import optax
 from mtl_jax.balancing import Balancer, Decision, Signals
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.randomness import purpose_key
-from mtl_jax.tasks import Task, merge_metrics, task_metrics
+from mtl_jax.tasks import Task, empty_metrics, merge_metrics, task_metrics
 from mtl_jax.training.lookahead import look_ahead
-from mtl_jax.training.parameter_groups import hold
+from mtl_jax.training.parameter_groups import hold, kept
 from mtl_jax.training.passes import Flat, Pass, PassOf, cut
+from mtl_jax.training.precision import apply
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.task_gradients import Backward, balance, diagnose
 
@@ -27,7 +28,10 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
                gradients: str = "exact",
                penalties: Mapping[str, Callable[[Any], jax.Array]] | None = None,
                diagnose_every: int = 0,
-               frozen: Sequence[str] = ()) -> tuple[TrainState, dict[str, Any]]:
+               frozen: Sequence[str] = (),
+               precision: str = "float32",
+               only: Sequence[str] | None = None,
+               factors: jax.Array | None = None) -> tuple[TrainState, dict[str, Any]]:
   """One optimizer step on the weighted sum of the tasks' losses.
 
   Args:
@@ -41,11 +45,17 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     optimizer: an optax optimizer.
     gradients: engine of the task gradients, "exact" or "features".
     penalties: functions of the parameters by name, added to the loss after balancing, as are
-      those of the model's sharing architecture.
+      those of the model's sharing architecture, which may depend on the batch.
     diagnose_every: at each so many-th step the exact Gramian is taken for the logs, whatever the
       balancer and the engine; 0 for never.
     frozen: patterns of parameters (see `parameter_groups.matches`) whose gradients count as zero,
       also in the balance; the optimizer must leave them alone, too (`optimizer.by_part`).
+    precision: in which trunk and heads compute, "float32" or "bfloat16"; losses, inner products,
+      the optimizer and all state are float32 under either (see `precision.apply`).
+    only: names of the tasks that take part; the heads and streams of the others are not in the
+      program at all, and what those tasks own stands still. All where it is None.
+    factors: [T], by which the state's task weights are multiplied in this step; a task of factor 0
+      is not active.
 
   Returns:
     The next state, and logs: losses, weights, task_weights, active, finite [T]; gradient_norm and
@@ -55,11 +65,13 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     step's weights are from those of the exact Gramian.
 
   Raises:
-    ValueError: where a stream has fewer examples than the balancer asks for parts, or a penalty
-      has the name of one of the sharing architecture.
+    ValueError: where a stream has fewer examples than the balancer asks for parts, a penalty has
+      the name of one of the sharing architecture, or the precision is unknown.
   """
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
-  of = functools.partial(PassOf, model, tasks, state.task_weights, frozen=frozen)
+  task_weights = state.task_weights if factors is None else state.task_weights * factors
+  of = functools.partial(PassOf, model, tasks, task_weights, frozen=frozen, only=only,
+                         precision=precision)
   parts, passes, model_state = cut(batch, balancer.parts), [], state.model_state
   for number, part in enumerate(parts):
     keys = rngs if number == 0 else {k: jax.random.fold_in(v, number) for k, v in rngs.items()}
@@ -81,9 +93,16 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   grads = unflatten_dict({**flatten_dict(shared_grads),
                           **_own_grads(passes, decision, balancer, model, tasks)})
 
-  grads, penalty_values = _penalised(grads, model, state.params, penalties or {}, frozen)
+  of_batch = {name: lambda params, name=name: of(rngs).penalties(
+      params, state.model_state, batch)[name] for name in passes[0].penalties}
+  grads, penalty_values = _penalised(grads, model, state.params, of_batch, penalties or {}, frozen)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  if only is not None:
+    absent = [path for path in flatten_dict(state.params)
+              if model.owner(path) is not None and model.owner(path) not in only]
+    updates = kept(updates, jax.tree.map(jnp.zeros_like, updates), absent)
+    opt_state = kept(opt_state, state.opt_state, absent)
   new_params = optax.apply_updates(state.params, updates)
   if balancer.after_step:  # on the same batch, whose statistics are not taken in twice
     balancer_state = balancer.after_step(
@@ -92,12 +111,11 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       "losses": losses,
       "weights": decision.weights,
       "active": active,
-      "task_weights": state.task_weights,
+      "task_weights": task_weights,
       "finite": _finite(passes, tasks),
       "gradient_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),
-      "metrics": functools.reduce(functools.partial(merge_metrics, tasks),
-                                  [one.metrics for one in passes]),
+      "metrics": _metrics(passes, state, batch, model, tasks),
       "penalties": penalty_values,
   }
   if signals.gramian is not None:
@@ -105,23 +123,27 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   if diagnose_every:
     logs |= diagnose(balancer, signals, state.balancer_state, decision, backward, gradients,
                      due=(state.step + 1) % diagnose_every == 0)
+  read = {task.stream for task in tasks if only is None or task.name in only}
   state = state.replace(step=state.step + 1, params=new_params,
+                        turns={stream: turn + int(stream in read)
+                               for stream, turn in state.turns.items()},
                         model_state=model_state, opt_state=opt_state,
                         balancer_state=balancer_state)
   return state, logs
 
 
 def _penalised(grads: Any, model: MultiTaskModel, params: Any,
+               of_batch: Mapping[str, Callable[[Any], jax.Array]],
                penalties: Mapping[str, Callable[[Any], jax.Array]],
                frozen: Sequence[str]) -> tuple[Any, dict[str, jax.Array]]:
   """Gradients with those of the penalties, given and of the sharing architecture; their values."""
   own = {name: lambda params, name=name: model.penalties(params)[name]
          for name in jax.eval_shape(model.penalties, params)}
-  if twice := sorted(own.keys() & penalties.keys()):
+  if twice := sorted(own.keys() & of_batch.keys() | (own | of_batch).keys() & penalties.keys()):
     raise ValueError(f"penalties: expected names that the sharing architecture does not use "
                      f"itself, found {twice}")
   values = {}
-  for name, penalty in {**own, **penalties}.items():
+  for name, penalty in {**own, **of_batch, **penalties}.items():
     def of_moving(params, penalty=penalty):
       return penalty(unflatten_dict(hold(flatten_dict(params), frozen)))
     values[name], penalty_grads = jax.value_and_grad(of_moving)(params)
@@ -149,18 +171,33 @@ def _own_grads(passes: Sequence[Pass], decision: Decision, balancer: Balancer,
 def _finite(passes: Sequence[Pass], tasks: Sequence[Task]) -> jax.Array:
   """Whether losses and gradients of each task are finite in all passes, [T] bool."""
   def sound(grads: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(grads)]).all()
+    return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(grads)], jnp.bool_).all()
   return jnp.stack([
       jnp.isfinite(one.losses) & jnp.stack([sound(one.feature_grads[t.name]) for t in tasks])
       for one in passes]).all(axis=0)
 
 
+def _metrics(passes: Sequence[Pass], state: TrainState, batch: Batch, model: MultiTaskModel,
+             tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+  """Metric states of all passes; empty ones of the tasks that took no part."""
+  taking_part = [task for task in tasks if task.name in passes[0].metrics]
+  absent = [task for task in tasks if task not in taking_part]
+  metrics = functools.reduce(functools.partial(merge_metrics, taking_part),
+                             [one.metrics for one in passes])
+  if absent:
+    shapes = jax.eval_shape(lambda: model.apply({"params": state.params, **state.model_state},
+                                                batch, train=False))
+    metrics |= empty_metrics(absent, shapes, batch)
+  return {task.name: metrics[task.name] for task in tasks}
+
+
 def eval_step(state: TrainState, batch: Batch, *, model: MultiTaskModel,
-              tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+              tasks: Sequence[Task], precision: str = "float32") -> dict[str, dict[str, Any]]:
   """Metric states `{task: {metric: state}}` of one batch; examples without label do not count.
 
   Merge the states of several batches with `tasks.merge_metrics` and read them with
-  `tasks.compute_metrics`.
+  `tasks.compute_metrics`. Arguments are those of `train_step`.
   """
-  outputs = model.apply({"params": state.params, **state.model_state}, batch, train=False)
+  outputs = apply(model, {"params": state.params, **state.model_state}, batch, precision,
+                  train=False)
   return task_metrics(tasks, outputs, batch)

@@ -23,14 +23,15 @@ from mtl_jax.balancing.balancer import Ahead, Lookahead, combine, gramian_of
 ENGINES = ("exact", "features")
 _LOOKED_FOR = {"gramian", "cross_gramian", "task_grads", "lookahead"}  # beyond the losses
 
-Features = Mapping[str, Any]  # of each task, [B, ...] or a pytree of such, as of maps
+Features = Mapping[str, Any]  # of each task, [B, ...], a pytree of such, as of maps, or None
 
 
 class Backward(NamedTuple):
   """The way back through the part that tasks share, for each part of the batch.
 
   Attributes:
-    feature_grads: a part: gradient of each task's loss with respect to its features, [B, ...].
+    feature_grads: a part: gradient of each task's loss with respect to its features, [B, ...];
+      None for a task that takes no part in the step.
     pulls: a part: from cotangents of each task's features to gradients of the shared parameters.
     look_ahead: from a `Lookahead` and the weights [T] of its losses to what it found.
     shares_parameters: False where nothing is shared, so that there is nothing to balance.
@@ -63,8 +64,15 @@ def weigh(features: Features, weights: jax.Array) -> Features:
 def _exact_rows(backward: Backward, part: int) -> Any:
   """Gradients of the shared parameters, stacked: leaves [T, ...]."""
   grads = backward.feature_grads[part]
-  rows = [backward.pulls[part](_only(task, grads)) for task in grads]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+  rows = [backward.pulls[part](_only(task, grads)) if grads[task] is not None else None
+          for task in grads]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *_with_zeros(rows))
+
+
+def _with_zeros(rows: Sequence[Any]) -> list[Any]:
+  """The rows with zeros in place of None, of those tasks that take no part."""
+  zeros = jax.tree.map(jnp.zeros_like, next(row for row in rows if row is not None))
+  return [zeros if row is None else row for row in rows]
 
 
 def _feature_rows(backward: Backward, part: int) -> Any:
@@ -78,7 +86,7 @@ def _feature_rows(backward: Backward, part: int) -> Any:
       raise ValueError("gradients: the features engine expected maps of one size for all tasks, "
                        f"found {sorted(shapes)}; use 'exact'")
     return jnp.stack(rows)
-  return jax.tree.map(stacked, *backward.feature_grads[part].values())
+  return jax.tree.map(stacked, *_with_zeros(list(backward.feature_grads[part].values())))
 
 
 def check_engine(engine: str, balancer: Balancer, *, one_stream: bool, one_representation: bool,

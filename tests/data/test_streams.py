@@ -52,7 +52,8 @@ def test_every_epoch_holds_every_example_once():
 
 def test_resident_batches_depend_on_seed_and_step_alone_and_differ_by_stream():
   columns = {s: {k: jnp.asarray(v) for k, v in numbered(50).arrays().items()} for s in "ab"}
-  batch = lambda seed, step: streams.resident_batch(columns, 8, jnp.asarray(seed), jnp.asarray(step))
+  batch = lambda seed, step: streams.resident_batch(columns, 8, jnp.asarray(seed),
+                                                   dict.fromkeys("ab", jnp.asarray(step)))
   one, again, other = batch(0, 3), batch(0, 3), batch(1, 3)
   np.testing.assert_array_equal(one["a"]["label"], again["a"]["label"])
   assert not np.array_equal(one["a"]["label"], other["a"]["label"])
@@ -62,7 +63,7 @@ def test_resident_batches_depend_on_seed_and_step_alone_and_differ_by_stream():
 
 def test_grain_batches_start_anywhere_as_if_they_had_come_there():
   make = lambda start, **kwargs: streams.grain_batches(
-      {"s": numbered(20)}, 4, 0, start, labels=LABELS, **kwargs)
+      {"s": numbered(20)}, 4, 0, {"s": start}, labels=LABELS, **kwargs)
   from_start = [b["s"]["label"] for b in itertools.islice(make(0), 12)]
   from_seven = [b["s"]["label"] for b in itertools.islice(make(7), 5)]
   np.testing.assert_array_equal(from_start[7:], from_seven)
@@ -75,10 +76,10 @@ def test_grain_batches_start_anywhere_as_if_they_had_come_there():
 
 def test_both_engines_have_one_schema():
   examples = {"s": numbered(20)}
-  host = next(streams.grain_batches(examples, 4, 0, 0, labels=LABELS))
+  host = next(streams.grain_batches(examples, 4, 0, {"s": 0}, labels=LABELS))
   resident = streams.resident_batch({"s": {k: jnp.asarray(v) for k, v in
                                            examples["s"].arrays().items()}}, 4,
-                                    jnp.asarray(0), jnp.asarray(0))
+                                    jnp.asarray(0), {"s": jnp.asarray(0)})
   schema = lambda batch: jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch)
   assert schema(host) == schema(resident)
 
@@ -104,7 +105,7 @@ def test_a_label_out_of_range_is_named_by_every_reader(bad):
   examples = {"s": ArrayExamples(columns)}
   expected = rf"stream 's': label: expected labels 0 … 999 \(-1 where missing\), found {bad}"
   with pytest.raises(ValueError, match=expected):
-    list(itertools.islice(streams.grain_batches(examples, 4, 0, 0, labels=LABELS), 2))
+    list(itertools.islice(streams.grain_batches(examples, 4, 0, {"s": 0}, labels=LABELS), 2))
   with pytest.raises(ValueError, match=expected):
     list(streams.evaluation_batches(examples, 4, labels=LABELS))
   with pytest.raises(ValueError, match=expected):

@@ -33,6 +33,13 @@ def test_parameters_are_counted_where_they_belong():
       "with a as its only task": TRUNK + HEAD_A, "with b as its only task": TRUNK + HEAD_B}
 
 
+def test_a_policy_is_its_tasks_own():
+  """One choice each: of the second layer, 8 to 8; the first reads 8x8x3 numbers."""
+  found = rows(sharing={"name": "adashare"}, trunk={"name": "mlp", "widths": (8, 8)})
+  assert found["shared by all or some tasks"].parameters == 192 * 8 + 8 + 8 * 8 + 8
+  assert [found[f"{task} alone, before its head"].parameters for task in "ab"] == [1, 1]
+
+
 def test_operations_are_those_of_the_layers():
   found = {name: part.flops for name, part in rows().items()}
   # A dense layer: a product and a sum for each weight, and the sum of each bias.

@@ -58,6 +58,11 @@ DEATHS = [("step", 4), ("evaluation", 1), ("save", 1), ("after save", 1), ("step
     pytest.param({"balancer.name": "uncertainty", "data.engine": "resident"},
                  id="resident-uncertainty", marks=pytest.mark.slow),
     pytest.param({"balancer.name": "graddrop", "data.engine": "grain"}, id="grain-graddrop"),
+    pytest.param({"sharing": {"name": "adashare"}, "trunk": {"name": "mlp", "widths": (8, 8)}},
+                 id="adashare", marks=pytest.mark.slow),
+    pytest.param({"sharing": {"name": "mmoe", "experts": 2, "gate_entropy": 0.1},
+                  "trunk": {"name": "mlp", "widths": (8, 8)}},
+                 id="mmoe-gate_entropy", marks=pytest.mark.slow),
 ])
 def test_deaths_change_nothing(tmp_path, monkeypatch, fields):
   whole = loop.train(make(**fields), tmp_path / "whole")

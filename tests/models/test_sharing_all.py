@@ -20,7 +20,7 @@ CASES = {**{name: (name, {}) for name in models.SHARINGS if name not in ELSEWHER
 
 def make(case):
   name, kwargs = CASES[case]
-  sharing = models.SHARINGS[name](models.MLPTrunk(widths=(6, 4)), TASKS, **kwargs)
+  sharing = models.SHARINGS[name](models.MLPTrunk(widths=(6, 6)), TASKS, **kwargs)
   model = models.MultiTaskModel(sharing=sharing, streams=TWO,
                                 heads={task: models.Linear(2) for task in TASKS})
   rng = np.random.default_rng(0)

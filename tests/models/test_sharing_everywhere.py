@@ -17,8 +17,8 @@ from mtl_jax.training import sharding
 
 NAMES = ("mmoe", "cgc", "ple", "dselect_k", "film", "adapters", "lora", "task_norm")
 STREAMS = {"a": "x", "b": "x", "c": "y"}
-FIELDS = {"mmoe": {"experts": 2}, "cgc": {"shared_experts": 1}, "dselect_k": {"experts": 3},
-          "ple": {"levels": 3, "shared_experts": 1}}
+FIELDS = {"mmoe": {"experts": 2, "gate_entropy": 0.1}, "cgc": {"shared_experts": 1},
+          "dselect_k": {"experts": 3}, "ple": {"levels": 3, "shared_experts": 1}}
 
 
 def trunk_of(name):

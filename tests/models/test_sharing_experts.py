@@ -220,9 +220,9 @@ def test_the_entropy_penalty_decides_gates():
   sharing = models.DSelectK(CNN, ("a", "b"), entropy=0.5)
   params = jax.tree.map(lambda x: x * 20, sharing.init(  # beyond the flat top in the middle
       jax.random.key(0), images_of(ONE), ONE, False)["params"])
-  value = lambda params: sharing.penalties(params)["gate_entropy"]
+  value = lambda params: sharing.penalties(params)["selector_entropy"]
   start = {task: params[f"gates_{task}"]["codes"] for task in "ab"}
-  expected = sum(0.5 * dselect_k.entropy(dselect_k.selections(codes, 4, 1.0))
+  expected = sum(0.5 * gates.entropy(dselect_k.selections(codes, 4, 1.0))
                  for codes in start.values())
   np.testing.assert_allclose(value(params), expected, rtol=1e-6)
   descend = lambda _, params: jax.tree.map(lambda x, g: x - 0.05 * g, params,
@@ -247,8 +247,7 @@ class Plain(nn.Module):
     (lambda: models.PLE(Plain(), ("a",)), "expected a trunk that names its stages, found Plain"),
     (lambda: models.DSelectK(CNN, ("a",), k=5), "k: expected 1 to 4, the number of experts, found"),
     (lambda: models.DSelectK(CNN, ("a",), gamma=0.0), "gamma: expected a number > 0, found 0.0"),
-    (lambda: models.DSelectK(CNN, ("a",), entropy=0.1, gate_input="stem"),
-     "entropy: expected 0 where gates read the examples, found 0.1"),
+    (lambda: models.DSelectK(CNN, ("a",), entropy=-0.1), "entropy: expected a number >= 0, found"),
 ])
 def test_what_does_not_fit_is_said(make, message):
   with pytest.raises(ValueError, match=message):

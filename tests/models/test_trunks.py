@@ -93,7 +93,7 @@ def test_features_stay(trunk, features):
 
 @pytest.mark.parametrize("name, train", [("cnn", False), ("resnet18", True), ("vit", False),
                                          ("mlp", False)])
-def test_stages_add_up_to_the_whole(name, train):
+def test_blocks_add_up_to_stages_and_these_to_the_whole(name, train):
   images, trunk = waves((2, 12, 8, 3)), TRUNKS[name]
 
   @jax.jit
@@ -102,7 +102,8 @@ def test_stages_add_up_to_the_whole(name, train):
     whole, maps = apply(images, train=train), apply(images, train=train, method="maps")
     x, steps = images, []
     for stage in trunk.stages:
-      x, stats = apply(stage, x, train, method="stage")
+      for block in trunk.blocks_of(stage):
+        x, stats = apply(block, x, train, method="stage")
       steps.append((x, stats))
     return whole, maps, steps
 
@@ -120,8 +121,8 @@ def test_stages_add_up_to_the_whole(name, train):
 @pytest.mark.parametrize("name, stage, kept", [
     ("cnn", "conv2", {"conv2"}), ("cnn", "features", {"dense"}),
     ("resnet18", "stem", {"bn1", "conv1"}),
-    ("resnet18", "layer2", {"layer2_0", "layer2_1"}), ("vit", "block2", {"block2"}),
-    ("mlp", "hidden2", {"dense2"})])
+    ("resnet18", "layer2", {"layer2_0", "layer2_1"}), ("resnet18", "layer2_0", {"layer2_0"}),
+    ("vit", "block2", {"block2"}), ("mlp", "hidden2", {"dense2"})])
 def test_a_stage_alone_has_its_own_parameters_only(name, stage, kept):
   trunk = TRUNKS[name]
   x = jnp.zeros((1, *SHAPES[name].get(dict(zip(trunk.stages[1:], trunk.stages)).get(stage),
@@ -172,6 +173,12 @@ def test_clones_work_side_by_side_each_in_part(name):
 def test_an_unknown_stage_is_named(name):
   with pytest.raises(ValueError, match=r"stage: expected one of \[.*'features'\], found 'layer9'"):
     shapes(TRUNKS[name], "layer9", jnp.zeros((1, 12, 8, 3)), method="stage")
+
+
+@pytest.mark.parametrize("name", ["layer2_9", "stem_0", "features_0"])
+def test_an_unknown_block_is_named(name):
+  with pytest.raises(ValueError, match=f"stage: expected one of .*, found '{name}'"):
+    shapes(TRUNKS["resnet18"], name, jnp.zeros((1, 12, 8, 3)), method="stage")
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet18", "vit"])

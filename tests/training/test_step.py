@@ -288,8 +288,8 @@ def test_resident_steps_in_one_call_equal_single_steps():
   state, batch, step, *_ = make(opt=optimizer("sgd", 0.1))
   mesh = sharding.data_mesh(jax.devices()[:1])
   data = {"factor": jnp.ones(())}
-  batch_at = lambda data, seed, s: {"s": {**batch["s"], "image": batch["s"]["image"] * (
-      data["factor"] + s.astype(jnp.float32))}}
+  batch_at = lambda data, state: {"s": {**batch["s"], "image": batch["s"]["image"] * (
+      data["factor"] + state.step.astype(jnp.float32))}}
   ends = []
   for chunks in ((1, 1, 1, 1), (3, 1), (4,)):
     current, losses = jax.tree.map(jnp.copy, state), []

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.models.heads.pyramid import FeaturePyramid, spatial_maps
+from mtl_jax.models.operators import Conv
 
 _FINEST = 4  # pixels a location of the finest level that is taken unasked
 _MOST = 3  # levels that are taken unasked
@@ -25,7 +26,7 @@ class _Tower(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     for i in range(self.depth):
-      x = nn.Conv(self.channels, (3, 3), name=f"conv{i + 1}")(x)
+      x = Conv(self.channels, (3, 3), name=f"conv{i + 1}")(x)
       group = math.gcd(self.channels, _GROUP)
       x = nn.relu(nn.GroupNorm(num_groups=None, group_size=group, name=f"norm{i + 1}")(x))
     return x
@@ -103,9 +104,9 @@ class Detection(nn.Module):
     box_tower = _Tower(self.channels, self.depth, name="box_tower")
     small = nn.initializers.normal(0.01)
     rare = nn.initializers.constant(math.log(self.prior / (1 - self.prior)))
-    to_class = nn.Conv(self.num_outputs, (3, 3), kernel_init=small, bias_init=rare, name="class")
-    to_box = nn.Conv(4, (3, 3), kernel_init=small, name="box")
-    to_centerness = nn.Conv(1, (3, 3), kernel_init=small, name="centerness")
+    to_class = Conv(self.num_outputs, (3, 3), kernel_init=small, bias_init=rare, name="class")
+    to_box = Conv(4, (3, 3), kernel_init=small, name="box")
+    to_centerness = Conv(1, (3, 3), kernel_init=small, name="centerness")
 
     where = {name: jnp.asarray(x)[None] for name, x in
              locations([x.shape[1:3] for x in levels.values()]).items()}

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from mtl_jax.models.heads.pyramid import FeaturePyramid, check_size, resize
+from mtl_jax.models.operators import Conv
 
 
 def groups(channels: int) -> int:
@@ -67,8 +68,8 @@ class SemanticFPN(nn.Module):
     branches = []
     for depth, (stage, x) in enumerate(pyramid.items()):
       for finer in reversed(range(max(depth, 1))):
-        x = nn.Conv(self.channels, (3, 3), use_bias=False, name=f"conv_{stage}_{finer}")(x)
+        x = Conv(self.channels, (3, 3), use_bias=False, name=f"conv_{stage}_{finer}")(x)
         x = nn.GroupNorm(groups(self.channels), name=f"norm_{stage}_{finer}")(x)
         x = resize(nn.relu(x), grids[finer])
       branches.append(x)
-    return resize(nn.Conv(self.num_outputs, (1, 1), name="output")(sum(branches)), self.size)
+    return resize(Conv(self.num_outputs, (1, 1), name="output")(sum(branches)), self.size)

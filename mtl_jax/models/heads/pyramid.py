@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.operators import Conv
+
 
 def spatial_maps(where: str, maps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Those of a trunk's maps that lie in space, [B, h, w, c], in their order.
@@ -88,9 +90,9 @@ class FeaturePyramid(nn.Module):
     """
     levels, above = {}, None
     for stage, x in reversed(self._chosen(maps).items()):
-      x = nn.Conv(self.channels, (1, 1), name=f"lateral_{stage}")(x)
+      x = Conv(self.channels, (1, 1), name=f"lateral_{stage}")(x)
       above = x if above is None else x + resize(above, x.shape[1:3], "nearest")
-      levels[stage] = nn.Conv(self.channels, (3, 3), name=f"output_{stage}")(above)
+      levels[stage] = Conv(self.channels, (3, 3), name=f"output_{stage}")(above)
     return OrderedDict(reversed(levels.items()))
 
   def _chosen(self, maps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

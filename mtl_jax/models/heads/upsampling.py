@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from mtl_jax.models.heads.pyramid import check_size, map_of, resize, spatial_maps
+from mtl_jax.models.operators import Conv
 
 
 class Upsampling(nn.Module):
@@ -56,16 +57,16 @@ class Upsampling(nn.Module):
     check_size("upsampling", self.size)
     stage = self.stage or list(spatial_maps("upsampling", maps))[-1]
     start = map_of("upsampling: stage", maps, stage)
-    x, count = nn.relu(nn.Conv(self.channels, (1, 1), name="project")(start)), 0
+    x, count = nn.relu(Conv(self.channels, (1, 1), name="project")(start)), 0
     for target, skip in [*self._skips(maps, start), (tuple(self.size), None)]:
       while x.shape[1:3] != target:
         count += 1
         x = resize(x, [min(2 * now, end) for now, end in zip(x.shape[1:3], target)])
-        x = nn.relu(nn.Conv(self.channels, (3, 3), name=f"up{count}")(x))
+        x = nn.relu(Conv(self.channels, (3, 3), name=f"up{count}")(x))
       if skip is not None:
-        x = x + nn.Conv(self.channels, (1, 1), name=f"skip_{skip}")(maps[skip])
-        x = nn.relu(nn.Conv(self.channels, (3, 3), name=f"merge_{skip}")(x))
-    return nn.Conv(self.num_outputs, (1, 1), name="output")(x)
+        x = x + Conv(self.channels, (1, 1), name=f"skip_{skip}")(maps[skip])
+        x = nn.relu(Conv(self.channels, (3, 3), name=f"merge_{skip}")(x))
+    return Conv(self.num_outputs, (1, 1), name="output")(x)
 
   def _skips(self, maps: Mapping[str, jax.Array],
              start: jax.Array) -> list[tuple[tuple[int, ...], str]]:

@@ -3,13 +3,15 @@
 A sharing module names, by `owner(path)`, the task that alone owns a parameter; what nobody owns is
 shared, and balancing acts on that. It is called `(images, streams, train)`, and with `maps=True`
 where a head reads the maps of the trunk's stages. One that adds terms to the loss gives them by
-`penalties(params)`, a pure function of its own parameters: `{name: []}`.
+`penalties(params)`, a pure function of its own parameters: `{name: []}`; those that depend on the
+batch it sows, in training, in the collection "penalties" under their names (`gates.sow_entropy`).
 """
 
 import flax.linen as nn
 
 from mtl_jax.models.calling import stage_place
 from mtl_jax.models.sharing.adapters import Adapters
+from mtl_jax.models.sharing.adashare import AdaShare
 from mtl_jax.models.sharing.cgc import CGC
 from mtl_jax.models.sharing.columns import check_columns
 from mtl_jax.models.sharing.cross_stitch import CrossStitch
@@ -140,6 +142,7 @@ SHARINGS = {
     "mtan": mtan,
     "soft": soft,
     "learned_branching": learned_branching,
+    "adashare": AdaShare,
     "mmoe": MMoE,
     "cgc": CGC,
     "ple": PLE,

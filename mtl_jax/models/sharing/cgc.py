@@ -23,6 +23,7 @@ class CGC(nn.Module):
     shared_experts: number of experts that all tasks share.
     own_experts: number of experts of each task's own, possibly 0.
     gate_input: what the gates read, "stem" or "pixels"; see `MMoE`.
+    gate_entropy: strength of the penalty on the gates' entropies; see `MMoE`.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import models
@@ -48,6 +49,7 @@ class CGC(nn.Module):
   shared_experts: int = 2
   own_experts: int = 1
   gate_input: str = "stem"
+  gate_entropy: float = 0.0
   one_representation = False
 
   def __post_init__(self):
@@ -73,8 +75,9 @@ class CGC(nn.Module):
     mixed = {}
     for task, stream in streams.items():
       own = [call_trunk(trunk, images[stream], train, maps) for trunk in self.own_trunks[task]]
-      mixed[task] = gates.mix(gates.softmax_gate(self.gates[task](read[stream])),
-                              [*own, *(output[stream] for output in shared)])
+      weights = gates.softmax_gate(self.gates[task](read[stream]))
+      gates.sow_entropy(self, "gate_entropy", self.gate_entropy, weights, train)
+      mixed[task] = gates.mix(weights, [*own, *(output[stream] for output in shared)])
     return mixed
 
   def owner(self, path: tuple[str, ...]) -> str | None:

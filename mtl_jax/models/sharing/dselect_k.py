@@ -49,16 +49,6 @@ def selections(codes: jax.Array, experts: int, gamma: float) -> jax.Array:
   return shares[..., :experts].at[..., :len(numbers) - experts].add(shares[..., experts:])
 
 
-def entropy(shares: jax.Array) -> jax.Array:
-  """Sum of the entropies in nats of distributions along the last axis; zero shares add nothing.
-
-  >>> [round(float(entropy(jnp.array(x))), 4) for x in ([0.5, 0.5, 0.0], [0.25] * 4)]
-  [0.6931, 1.3863]
-  """
-  safe = jnp.where(shares > 0, shares, 1.0)
-  return -jnp.sum(safe * jnp.log(safe))
-
-
 class DSelectGate(nn.Module):
   """Weights of E experts of which at most k are not zero, once the bits of all codes are decided.
 
@@ -66,14 +56,16 @@ class DSelectGate(nn.Module):
     experts: E.
     k: number of selectors.
     gamma: width of the smooth step.
+    entropy: strength of the penalty "selector_entropy" in training, where the gate reads something.
   """
 
   experts: int
   k: int
   gamma: float
+  entropy: float = 0.0
 
   @nn.compact
-  def __call__(self, read: jax.Array | None) -> jax.Array:
+  def __call__(self, read: jax.Array | None, train: bool = False) -> jax.Array:
     """Weights [B, E] from what the gate reads [B, D]; [1, E] where it reads nothing."""
     bits = math.ceil(math.log2(self.experts))
     near_zero, small = _around_zero(self.gamma / 100), _around_zero(0.05)
@@ -85,6 +77,8 @@ class DSelectGate(nn.Module):
                        name="codes")(read).reshape(-1, self.k, bits)
       logits = nn.Dense(self.k, kernel_init=small, bias_init=small, name="logits")(read)
     picked = selections(codes.astype(jnp.float32), self.experts, self.gamma)
+    if read is not None:
+      gates.sow_entropy(self, "selector_entropy", self.entropy, picked, train)
     return (gates.softmax_gate(logits)[..., None] * picked).sum(axis=1)
 
 
@@ -107,16 +101,19 @@ class DSelectK(nn.Module):
     experts: their number E.
     k: selectors of each gate, and so the largest number of experts that a task ends with.
     gamma: width of the smooth step; the wider, the longer gates stay undecided.
-    entropy: strength of the penalty "gate_entropy" on the entropy of the selectors' shares, summed
-      over selectors and tasks, which makes gates decide sooner; see `penalties`.
+    entropy: strength of the penalty "selector_entropy" on the entropy of each selector's shares,
+      summed over selectors and tasks, which makes their codes decide sooner; where gates read the
+      examples, averaged over the batch.
     gate_input: what the gates read: "nothing", so that a task has the same weights for all
       examples; or "stem" or "pixels" as in `MMoE`, with weights for each example.
+    gate_entropy: strength of the penalty on the entropies of the gates' weights, in which selectors
+      are mixed; see `MMoE`.
 
   >>> from mtl_jax import models
   >>> sharing = DSelectK(models.MLPTrunk(widths=(4,)), ("a",), experts=4, k=1, entropy=0.5)
   >>> {name: round(float(x), 3) for name, x in sharing.penalties(  # 0.5 · log 4
   ...     {"gates_a": {"codes": jnp.zeros((1, 2)), "logits": jnp.zeros(1)}}).items()}
-  {'gate_entropy': 0.693}
+  {'selector_entropy': 0.693}
 
   Reference:
     Hazimeh, Zhao, Chowdhery, Sathiamoorthy, Chen, Mazumder, Hong, Chi: DSelect-k: Differentiable
@@ -126,9 +123,9 @@ class DSelectK(nn.Module):
   Differences:
     Where E is no power of two some codes are no expert's: the official code lets weights sum to
     less than one and adds a penalty against such codes; here these codes stand for the first
-    experts again, and weights sum to one always. The entropy is that of static gates alone, whose
-    parameters it is a function of. LibMTL ignores its γ, and its entropy never reaches the
-    gradient. Raises ValueError for fields out of range, or an entropy of gates that read something.
+    experts again, and weights sum to one always. LibMTL ignores its γ, and its entropy never
+    reaches the gradient. The penalty "gate_entropy" is ours. Raises ValueError for fields out of
+    range.
   """
 
   trunk: nn.Module
@@ -138,6 +135,7 @@ class DSelectK(nn.Module):
   gamma: float = 1.0
   entropy: float = 0.0
   gate_input: str = "nothing"
+  gate_entropy: float = 0.0
   one_representation = False
 
   def __post_init__(self):
@@ -150,14 +148,12 @@ class DSelectK(nn.Module):
       raise ValueError(f"dselect_k: gamma: expected a number > 0, found {self.gamma}")
     if self.entropy < 0:
       raise ValueError(f"dselect_k: entropy: expected a number >= 0, found {self.entropy}")
-    if self.entropy and self.gate_input != "nothing":
-      raise ValueError("dselect_k: entropy: expected 0 where gates read the examples, found "
-                       f"{self.entropy}; set gate_input to 'nothing'")
     super().__post_init__()
 
   def setup(self):
     self.trunks = [self.trunk.clone(parent=None, name=None) for _ in range(self.experts)]
-    self.gates = {task: DSelectGate(self.experts, self.k, self.gamma) for task in self.tasks}
+    self.gates = {task: DSelectGate(self.experts, self.k, self.gamma, self.entropy)
+                  for task in self.tasks}
     if self.gate_input != "nothing":
       self.gate_features = gates.GateInput(self.gate_input)
 
@@ -169,7 +165,9 @@ class DSelectK(nn.Module):
     mixed = {}
     for task, stream in streams.items():
       x = images[stream]
-      weights = self.gates[task](None if self.gate_input == "nothing" else self.gate_features(x))
+      read = None if self.gate_input == "nothing" else self.gate_features(x)
+      weights = self.gates[task](read, train)
+      gates.sow_entropy(self, "gate_entropy", self.gate_entropy, weights, train)
       weights = jnp.broadcast_to(weights, (x.shape[0], self.experts))
       mixed[task] = gates.mix(weights, [output[stream] for output in outputs])
     return mixed
@@ -181,11 +179,13 @@ class DSelectK(nn.Module):
   def penalties(self, params: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What is added to the loss, by name: `entropy` times that of all selectors' shares.
 
+    Where gates read the examples it depends on them, and their passes tell.
+
     Args:
       params: of this module.
     """
-    if not self.entropy:
+    if not self.entropy or self.gate_input != "nothing":
       return {}
-    total = sum(entropy(selections(params[f"gates_{task}"]["codes"], self.experts, self.gamma))
+    total = sum(gates.entropy(selections(params[f"gates_{task}"]["codes"], self.experts, self.gamma))
                 for task in self.tasks)
-    return {"gate_entropy": self.entropy * total}
+    return {"selector_entropy": self.entropy * total}

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.operators import Conv
+
 GATE_INPUTS = ("stem", "pixels")
 _WIDTH = 16  # of the stem
 _GRID = 4  # cells a side that pixels are pooled to
@@ -36,7 +38,7 @@ class GateInput(nn.Module):
     is_image = x.ndim == 4
     if self.reads == "stem":
       if is_image:
-        return nn.relu(nn.Conv(_WIDTH, (3, 3), (2, 2), name="stem")(x)).mean(axis=(1, 2))
+        return nn.relu(Conv(_WIDTH, (3, 3), (2, 2), name="stem")(x)).mean(axis=(1, 2))
       return nn.relu(nn.Dense(_WIDTH, name="stem")(x.reshape(x.shape[0], -1)))
     if is_image:
       x = jax.image.resize(x, (x.shape[0], _GRID, _GRID, x.shape[3]), "linear")
@@ -46,6 +48,32 @@ class GateInput(nn.Module):
 def softmax_gate(logits: jax.Array) -> jax.Array:
   """Weights [B, E] of the experts, in float32 whatever the dtype of the logits [B, E]."""
   return nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def entropy(shares: jax.Array) -> jax.Array:
+  """Sum of the entropies in nats of distributions along the last axis; zero shares add nothing.
+
+  >>> [round(float(entropy(jnp.array(x))), 4) for x in ([0.5, 0.5, 0.0], [0.25] * 4)]
+  [0.6931, 1.3863]
+  """
+  safe = jnp.where(shares > 0, shares, 1.0)
+  return -jnp.sum(safe * jnp.log(safe))
+
+
+def sow_entropy(module: nn.Module, name: str, strength: float, shares: jax.Array,
+                train: bool) -> None:
+  """Adds to a penalty of this pass, in training: `strength` times the entropy an example has.
+
+  Args:
+    module: whose pass it is.
+    name: of the penalty, in the collection "penalties", whence the training step takes it.
+    strength: at 0 nothing is added, nor computed.
+    shares: [B, …, E], distributions along the last axis; their entropies are averaged over the
+      batch, and summed over what lies between.
+    train: whether the pass is one of training.
+  """
+  if strength and train and not module.is_initializing():
+    module.sow("penalties", name, strength * entropy(shares) / shares.shape[0])
 
 
 def mix(weights: jax.Array, outputs: Sequence[Any]) -> Any:

@@ -33,7 +33,7 @@ class BranchingUnit(nn.Module):
   def __call__(self, columns: Sequence[jax.Array], train: bool) -> list[jax.Array]:
     """The parents' arrays."""
     count = len(columns)
-    logits = self.param("logits", nn.initializers.zeros, (count, count))
+    logits = self.param("logits", nn.initializers.zeros, (count, count)).astype(jnp.float32)
     if train:
       logits = logits + jax.random.gumbel(self.make_rng("dropout"), logits.shape, logits.dtype)
     choice = jax.nn.one_hot(logits.argmax(axis=-1), count, dtype=logits.dtype)

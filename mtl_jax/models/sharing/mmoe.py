@@ -22,6 +22,8 @@ class MMoE(nn.Module):
     experts: their number E.
     gate_input: what the gates read: "stem", a small convolution; or "pixels", the input pooled to
       4x4 cells.
+    gate_entropy: strength of the penalty "gate_entropy" on the gates' entropies, averaged over the
+      batch and summed over tasks: above 0 gates decide sooner, below 0 they stay open.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import models
@@ -40,6 +42,7 @@ class MMoE(nn.Module):
   Differences:
     The paper's gates are linear in the input, a vector, and LibMTL's in all pixels, so that they
     grow with the images. Ours are linear in what `gate_input` says, and have a bias, as LibMTL's.
+    The penalty is ours.
     Raises ValueError for fields out of range.
   """
 
@@ -47,6 +50,7 @@ class MMoE(nn.Module):
   tasks: Sequence[str]
   experts: int = 4
   gate_input: str = "stem"
+  gate_entropy: float = 0.0
   one_representation = False
 
   def __post_init__(self):
@@ -65,9 +69,12 @@ class MMoE(nn.Module):
     outputs = [call_together(lambda x, t=trunk: call_trunk(t, x, train, maps), images)
                for trunk in self.trunks]
     read = {stream: self.gate_features(x) for stream, x in images.items()}
-    return {task: gates.mix(gates.softmax_gate(self.gates[task](read[stream])),
-                            [output[stream] for output in outputs])
-            for task, stream in streams.items()}
+    mixed = {}
+    for task, stream in streams.items():
+      weights = gates.softmax_gate(self.gates[task](read[stream]))
+      gates.sow_entropy(self, "gate_entropy", self.gate_entropy, weights, train)
+      mixed[task] = gates.mix(weights, [output[stream] for output in outputs])
+    return mixed
 
   def owner(self, path: tuple[str, ...]) -> str | None:
     """Which task alone owns the parameter at `path`: that of its gate."""

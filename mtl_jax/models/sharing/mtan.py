@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.calling import call_stages, call_together, stage_names
+from mtl_jax.models.operators import Conv
 
 _norm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
@@ -43,7 +44,7 @@ class Refinement(nn.Module):
     if like.ndim == 2:
       layer = nn.Dense(channels, use_bias=False, name="conv")
     else:
-      layer = nn.Conv(channels, (3, 3), use_bias=False, name="conv")
+      layer = Conv(channels, (3, 3), use_bias=False, name="conv")
     x = nn.relu(_norm(use_running_average=not train, name="norm")(layer(x)))
     return x if x.shape == like.shape else jax.image.resize(x, like.shape, "linear")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mtl_jax.models.calling import call_stages, call_together, stage_names
 from mtl_jax.models.sharing import gates
@@ -32,6 +33,8 @@ class PLE(nn.Module):
     own_experts: number of experts a level of each task's own, possibly 0.
     gate_input: what the gates of the first level read, "stem" or "pixels", see `MMoE`; gates of
       later levels read what enters their experts, averaged over space.
+    gate_entropy: strength of the penalty on the entropies of all gates, the shared ones among them,
+      averaged over the examples that pass them; see `MMoE`.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import models
@@ -56,6 +59,7 @@ class PLE(nn.Module):
   shared_experts: int = 2
   own_experts: int = 1
   gate_input: str = "stem"
+  gate_entropy: float = 0.0
   one_representation = False
 
   def __post_init__(self):
@@ -96,11 +100,11 @@ class PLE(nn.Module):
                 for trunk in trunks]
       shared = outputs(self.trunks[level], entering_shared)
       own = {task: outputs(self.own_trunks[task][level], x) for task, x in entering.items()}
-      mixed = {task: self._mixed(level, self.gates[task][level], x, own[task] + shared)
+      mixed = {task: self._mixed(level, self.gates[task][level], x, own[task] + shared, train)
                for task, x in entering.items()}
       if not last:
         everyone = [output for outputs_of in own.values() for output in outputs_of] + shared
-        leaving = self._mixed(level, self.shared_gates[level], entering_shared, everyone)
+        leaving = self._mixed(level, self.shared_gates[level], entering_shared, everyone, train)
         entering_shared = {stream: x[stages[-1]] for stream, x in leaving.items()}
         entering = {task: {stream: x[stages[-1]] for stream, x in by_stream.items()}
                     for task, by_stream in mixed.items()}
@@ -110,13 +114,16 @@ class PLE(nn.Module):
 
   def _mixed(self, level: int, gate: Callable[[jax.Array], jax.Array],
              inputs: Mapping[str, jax.Array],
-             outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+             outputs: Sequence[Mapping[str, Any]], train: bool) -> dict[str, Any]:
     """For each stream, the experts' maps in the shares that a gate gives them."""
-    mixed = {}
+    weights = {}
     for stream, x in inputs.items():
       read = self.gate_features(x) if level == 0 else x.mean(axis=tuple(range(1, x.ndim - 1)))
-      mixed[stream] = gates.mix(gates.softmax_gate(gate(read)), [out[stream] for out in outputs])
-    return mixed
+      weights[stream] = gates.softmax_gate(gate(read))
+    gates.sow_entropy(self, "gate_entropy", self.gate_entropy,
+                      jnp.concatenate(list(weights.values())), train)
+    return {stream: gates.mix(shares, [out[stream] for out in outputs])
+            for stream, shares in weights.items()}
 
   def owner(self, path: tuple[str, ...]) -> str | None:
     """Which task alone owns the parameter at `path`: where the way to other tasks has ended."""

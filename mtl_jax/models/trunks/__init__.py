@@ -13,6 +13,7 @@ from mtl_jax.models.trunks.vit import ViT
 TRUNKS = {
     "cnn": CNN,
     "mlp": MLPTrunk,
+    "resnet": ResNet,
     "resnet18": resnet18,
     "vit": ViT,
 }

@@ -10,6 +10,7 @@ import functools
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.operators import Conv, max_pool
 from mtl_jax.models.trunks.trunk import Trunk, check_images
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -17,7 +18,7 @@ _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def _conv(channels: int, size: int, stride: int, name: str) -> nn.Conv:
   # linen's "SAME" pads (0, 1) under stride 2; torchvision pads both sides.
-  return nn.Conv(channels, (size, size), (stride, stride), padding=[(size // 2, size // 2)] * 2,
+  return Conv(channels, (size, size), (stride, stride), padding=[(size // 2, size // 2)] * 2,
                  use_bias=False, kernel_init=_kaiming, name=name)
 
 
@@ -61,20 +62,31 @@ class ResNet(Trunk):
     """The stem, a stage each resolution, and the features."""
     return ("stem", *(f"layer{i + 1}" for i in range(len(self.blocks))), "features")
 
+  def blocks_of(self, stage: str) -> tuple[str, ...]:
+    """The residual blocks of a stage, such as "layer2_0"; the stem and the features have none."""
+    place = self.place(stage)
+    if stage in ("stem", "features"):
+      return (stage,)
+    return tuple(f"{stage}_{i}" for i in range(self.blocks[place - 1]))
+
   @nn.compact
   def stage(self, name: str, x: jax.Array, train: bool = False) -> jax.Array:
-    """One stage: maps [B, h, w, c], or of the last one features [B, c]; ValueError if unknown."""
-    place = self.place(name)
+    """One stage: maps [B, h, w, c], or of the last one features [B, c].
+
+    The name of one of its blocks runs that block alone; ValueError for an unknown name.
+    """
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9,
                              epsilon=1e-5)
     if name == "stem":
       return self._stem(x, norm)
     if name == "features":
       return x.mean(axis=(1, 2))
-    for block in range(self.blocks[place - 1]):
-      first = place > 1 and block == 0
+    layer = name.partition("_")[0]
+    place = self.place(layer if name in self.blocks_of(layer) else name)
+    for block in self.blocks_of(layer) if name == layer else (name,):
+      first = place > 1 and block == f"{layer}_0"
       x = BasicBlock(self.channels * 2 ** (place - 1), stride=2 if first else 1,
-                     name=f"{name}_{block}")(x, norm)
+                     name=block)(x, norm)
     return x
 
   def _stem(self, images: jax.Array, norm: Callable[..., nn.Module]) -> jax.Array:
@@ -84,7 +96,7 @@ class ResNet(Trunk):
     size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
     x = nn.relu(norm(name="bn1")(_conv(self.channels, size, stride, "conv1")(images)))
     if self.stem == "imagenet":
-      x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+      x = max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
     return x
 
 

@@ -40,6 +40,13 @@ class Trunk(nn.Module):
       maps[name] = x = self.stage(name, x, train)
     return maps
 
+  def blocks_of(self, stage: str) -> tuple[str, ...]:
+    """The names of a stage's blocks in order, each of which `stage` also runs on its own.
+
+    A stage of one piece is its only block; a subclass whose stages have several names them here.
+    """
+    return (self.stages[self.place(stage)],)
+
   def place(self, name: str) -> int:
     """The place of a stage among the stages; ValueError where there is none of that name."""
     if name not in self.stages:

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.operators import Conv
 from mtl_jax.models.trunks.trunk import Trunk, check_images
 
 
@@ -103,7 +104,7 @@ class ViT(Trunk):
                        f"found {self.num_heads}")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"vit: dropout: expected a rate in [0, 1), found {self.dropout}")
-    x = nn.Conv(self.width, (self.patch, self.patch), (self.patch, self.patch), padding="VALID",
+    x = Conv(self.width, (self.patch, self.patch), (self.patch, self.patch), padding="VALID",
                 name="embedding")(images)
     grid = x.shape[1:3]
     if self.has_variable("params", "positions"):
