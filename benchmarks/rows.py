@@ -109,12 +109,13 @@ class Session(NamedTuple):
 
 def figure_of(key: str, what: str, found: dict[Any, float], over: Any, under: Any,
               size: dict[str, Any]) -> Figure:
-  """The ratio of two medians; without a value where the first or the second is not there."""
-  note = {name: round(1e3 * found[part], 3)
-          for name, part in (("milliseconds", under), ("beside", over)) if part in found}
+  """The ratio of two medians; no value where one of them is missing."""
+  milliseconds = {part if isinstance(part, str) else " ".join(map(str, part)):
+                  round(1e3 * found[part], 3) for part in (over, under) if part in found}
+  note = {"milliseconds": milliseconds, **size}
   if over not in found or under not in found:
-    return Figure(key, what, None, {**note, **size, "why": NOT_INSTALLED}, size["num_tasks"])
-  return Figure(key, what, found[over] / found[under], {**note, **size}, size["num_tasks"])
+    return Figure(key, what, None, {**note, "why": NOT_INSTALLED}, size["num_tasks"])
+  return Figure(key, what, found[over] / found[under], note, size["num_tasks"])
 
 
 def _against_eager(session: Session, key: str, size: dict[str, Any]) -> Iterator[Figure]:
@@ -205,11 +206,12 @@ def _memory(size: dict[str, Any]) -> Iterator[Figure]:
     if engine in ENGINES:
       found, _ = compiled("mgda", engine)
       yield Figure("memory/equal", f"{engine}: peak memory over that of equal weights",
-                   found / equal, {"megabytes": found / 1e6, "beside": equal / 1e6, **size})
+                   found / equal, {"megabytes": {engine: found / 1e6, "equal": equal / 1e6}, **size})
   exact, _ = compiled("mgda", "exact")
   rows = 4 * size["num_tasks"] * count
   yield Figure("memory/rows", "exact: what it adds, in T x P floats", (exact - equal) / rows,
-               {"megabytes": (exact - equal) / 1e6, "beside": rows / 1e6, **size})
+               {"megabytes": {"exact": exact / 1e6, "equal": equal / 1e6, "T x P": rows / 1e6},
+                **size})
 
 
 def real_loop(session: Session) -> Iterator[Figure]:
@@ -219,7 +221,7 @@ def real_loop(session: Session) -> Iterator[Figure]:
   for engine in (name for name in rates if name != "bare step"):
     yield Figure("loop/bare", f"{engine}: images a second over those of the bare step",
                  rates[engine] / rates["bare step"],
-                 {"images_per_second": rates[engine], "beside": rates["bare step"]})
+                 {"images_per_second": rates})
 
 
 def seeds(session: Session) -> Iterator[Figure]:
@@ -239,8 +241,8 @@ def seeds(session: Session) -> Iterator[Figure]:
                             steps=session.per_sample)[0]})
   yield Figure("seeds/alone", f"{count} seeds in one program: times as fast as {count} runs",
                count * found["alone"] / found["together"],
-               {"milliseconds": 1e3 * found["together"], "beside": 1e3 * count * found["alone"],
-                "batch_size": size})
+               {"milliseconds": {"together": 1e3 * found["together"],
+                                 "one alone": 1e3 * found["alone"]}, "batch_size": size})
 
 
 def start(session: Session) -> Iterator[Figure]:
@@ -255,10 +257,11 @@ def start(session: Session) -> Iterator[Figure]:
 def _seconds_to_first_record(folder: pathlib.Path, run: str) -> float:
   """Launches a run and stops it at its first training record.
 
-  Event files are written at once, unlike `metrics.jsonl`. Compiled programs go into the folder.
+  Event files are written at once, unlike `metrics.jsonl`. Compiled programs stay in the folder.
   """
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+  environment = {**os.environ, "XDG_CACHE_HOME": str(folder),
                  "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   command = [sys.executable, "launch.py", "--config=configs/cifar_mtl.py",
              f"--workdir={folder / run}", f"--config.data.dir={folder}",
              "--config.data.download=False", "--config.data.missing=sample",

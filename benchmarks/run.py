@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the peers compute there, too
 
+import jax  # noqa: E402
 from peers import Peers  # noqa: E402
 from rows import MEASUREMENTS, Figure, Session  # noqa: E402
 from timing import emit, machine, on_accelerator, threads  # noqa: E402
@@ -108,8 +109,8 @@ def judged(figure: Figure, accelerator: bool) -> dict[str, Any]:
   else:
     met = figure.value >= bound if target.least else figure.value <= bound
     verdict = "met" if met else "missed"
-  rounded = {name: round(x, 3) if isinstance(x, float) else x
-             for name, x in figure.note.items() if name != "why"}
+  rounded = jax.tree.map(lambda x: round(x, 3) if isinstance(x, float) else x,
+                         {name: x for name, x in figure.note.items() if name != "why"})
   return {"figure": figure.key, "what": figure.what,
           "value": None if figure.value is None else round(figure.value, 3),
           "target": None if bound is None else f"{'>=' if target.least else '<='} {bound:.4g}",
