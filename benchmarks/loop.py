@@ -44,7 +44,8 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
   batch = experiment.preprocess(jax.device_put(batch), state.seed, state.step, train=True)
   step = sharded_step(functools.partial(
       train_step, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
-      optimizer=experiment.optimizer, gradients=experiment.config.train.gradients), mesh)
+      optimizer=experiment.optimizer, gradients=experiment.gradients,
+      precision=experiment.config.train.precision), mesh)
   batch = jax.device_put(batch, split(mesh))
   state, _ = jax.block_until_ready(step(state, batch))
   times = []

@@ -87,7 +87,8 @@ def measure(args: argparse.Namespace, data: str) -> list[dict[str, Any]]:
     records.append({
         "benchmark": "sharing", "data": tests[0]["data"], "sharing": name, "steps": args.steps,
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)),
-        "step_ms": round(1e3 * times[name], 2), "ratio_to_hard": round(times[name] / times["hard"], 2),
+        "step_ms": round(1e3 * times[name], 2),
+        "ratio_to_hard": round(times[name] / times["hard"], 2),
         "seeds": args.seeds, "test": metrics, "device": jax.devices()[0].device_kind,
         "jax": jax.__version__})
     print(json.dumps(records[-1]), flush=True)

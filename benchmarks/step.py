@@ -1,10 +1,12 @@
-"""Milliseconds a training step for every balancer and gradient engine, side by side.
+"""Milliseconds and memory of a training step for every balancer and gradient engine.
 
   python benchmarks/step.py [--tasks=2] [--batch=128] [--own-streams] [--trunk=cnn] [--rounds=9]
-                            [--only=mgda,pcgrad]
+                            [--only=mgda,pcgrad] [--engines=exact,sketched]
 
 Prints one JSON line a variant: the median over rounds, and its ratio to equal weights in the same
-run. Rounds go through all variants in turn, so that a noisy machine disturbs them alike.
+run; and the peak of the memory that the compiled step works in, besides its arguments and results,
+with its ratio to that of equal weights. Rounds go through all variants in turn, so that a noisy
+machine disturbs them alike.
 """
 
 import argparse
@@ -17,10 +19,10 @@ from timing import emit, medians, sample_of
 
 import mtl_jax
 from mtl_jax import balancing, models, tasks
+from mtl_jax.training.engines import ENGINES
 from mtl_jax.training.optimizer import optimizer
 from mtl_jax.training.sharding import data_mesh, replicated, sharded_step, split
-
-ENGINES = ("exact", "features")
+from mtl_jax.training.task_gradients import check_engine
 
 
 def variants(num_tasks: int, own_streams: bool) -> list[tuple[balancing.Balancer, str]]:
@@ -32,12 +34,16 @@ def variants(num_tasks: int, own_streams: bool) -> list[tuple[balancing.Balancer
     if "losses" in balancer.needs:
       result.append((balancer, "none"))
       continue
-    for engine in ENGINES:
-      direction = "task_grads" in balancer.needs
-      keeps = "gradient_state" in balancer.needs
-      if engine == "exact" or not (keeps or direction and own_streams):
-        result.append((balancer, engine))
+    result += [(balancer, engine) for engine in ENGINES if _serves(engine, balancer, own_streams)]
   return result
+
+
+def _serves(engine: str, balancer: balancing.Balancer, own_streams: bool) -> bool:
+  try:
+    check_engine(engine, balancer, one_stream=not own_streams, one_representation=True)
+  except ValueError:
+    return False
+  return True
 
 
 def statics_of(balancer: balancing.Balancer, *, num_tasks: int, own_streams: bool = False,
@@ -68,15 +74,13 @@ def build(balancer: balancing.Balancer, engine: str, *, num_tasks: int, batch_si
           own_streams: bool = False, trunk: str = "cnn",
           precision: str = "float32") -> tuple[Any, Any, Any]:
   """A step to be compiled, its state and its batch."""
-  in_precision = {} if precision == "float32" else {"precision": precision}
   statics = statics_of(balancer, num_tasks=num_tasks, own_streams=own_streams, trunk=trunk)
+  statics["gradients"] = "exact" if engine == "none" else engine
   batch = random_batch(statics["tasks"], batch_size)
   mesh = data_mesh()
   # Not under jit, so that many variants share the compilations of a few operations.
   state = jax.device_put(mtl_jax.create_train_state(0, batch, **statics), replicated(mesh))
-  step = sharded_step(functools.partial(
-      mtl_jax.train_step, **statics, gradients="exact" if engine == "none" else engine,
-      **in_precision), mesh)
+  step = sharded_step(functools.partial(mtl_jax.train_step, **statics, precision=precision), mesh)
   return step, state, jax.device_put(batch, split(mesh))
 
 
@@ -89,20 +93,27 @@ def main() -> None:
   parser.add_argument("--trunk", default="cnn", choices=models.TRUNKS)
   parser.add_argument("--rounds", type=int, default=9)
   parser.add_argument("--only", default="", help="balancers, separated by commas; all if empty")
+  parser.add_argument("--engines", default="", help="separated by commas; all if empty")
   args = parser.parse_args()
 
-  samples = {}
+  samples, megabytes = {}, {}
   for balancer, engine in variants(args.tasks, args.own_streams):
     if args.only and balancer.name not in ("equal", *args.only.split(",")):
       continue
-    samples[balancer.name, engine], _ = sample_of(*build(
-        balancer, engine, num_tasks=args.tasks, batch_size=args.batch,
-        own_streams=args.own_streams, trunk=args.trunk))
+    if args.engines and engine not in ("none", *args.engines.split(",")):
+      continue
+    step, state, batch = build(balancer, engine, num_tasks=args.tasks, batch_size=args.batch,
+                               own_streams=args.own_streams, trunk=args.trunk)
+    step = step.lower(state, batch).compile()
+    megabytes[balancer.name, engine] = step.memory_analysis().temp_size_in_bytes / 2**20
+    samples[balancer.name, engine], _ = sample_of(step, state, batch)
   found = medians(samples, args.rounds)
   for (name, engine), median in found.items():
     emit("step", balancer=name, gradients=engine, tasks=args.tasks, batch=args.batch,
          own_streams=args.own_streams, trunk=args.trunk, milliseconds=round(1e3 * median, 2),
-         ratio_to_equal=round(median / found["equal", "none"], 3))
+         ratio_to_equal=round(median / found["equal", "none"], 3),
+         megabytes=round(megabytes[name, engine], 1),
+         memory_to_equal=round(megabytes[name, engine] / megabytes["equal", "none"], 3))
 
 
 if __name__ == "__main__":

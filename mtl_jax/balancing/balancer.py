@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-LEVELS = ("losses", "gramian", "cross_gramian", "task_grads")
+LEVELS = ("losses", "products", "gramian", "cross_gramian", "task_grads")
 EXTRAS = ("gradient_state", "losses_after_step", "lookahead")
 
 
@@ -33,6 +33,8 @@ class Signals(NamedTuple):
     key: PRNG key of this step, for methods that draw.
     gramian: [T, T] inner products of the tasks' gradients, float32 or wider.
     task_grads: pytree whose leaves stack the tasks' gradients, [T, ...].
+    products: `products(weights, p=0, q=0) -> [T]`: the inner products of the tasks' gradients on
+      part p of the batch with the weighted sum of those on part q; `G w` where both are part 0.
     cross_gramian: `cross_gramian[p][q]` is [T, T], the inner products of the gradients on part p
       of the batch with those on part q.
     ahead: what the look-ahead found.
@@ -43,6 +45,7 @@ class Signals(NamedTuple):
   key: jax.Array
   gramian: jax.Array | None = None
   task_grads: Any = None
+  products: Callable[..., jax.Array] | None = None
   cross_gramian: Any = None
   ahead: Ahead | None = None
 
@@ -100,6 +103,9 @@ class Balancer(NamedTuple):
       losses, Gramian and task gradients are those of part 0.
     weighs_parts: whether the decision holds `part_weights`.
     lookahead: for "lookahead".
+    by_products: `by_products(count) -> Balancer`, the same method in need of "products", for which
+      it asks at most `count` times unless its rule fixes how often; None where it cannot. Given a
+      Gramian in their place it decides as the method itself would.
   """
 
   name: str
@@ -113,6 +119,7 @@ class Balancer(NamedTuple):
   parts: int = 1
   weighs_parts: bool = False
   lookahead: Lookahead | None = None
+  by_products: Callable[[int], "Balancer"] | None = None
 
 
 def init_state(balancer: Balancer, num_tasks: int, task_grads: Any) -> Any:
@@ -218,6 +225,9 @@ def fill_in(signals: Signals, balancer: Balancer, state: Any, jacobian: Any) -> 
     signals = signals._replace(gramian=gramian)
   if "task_grads" in balancer.needs:
     signals = signals._replace(task_grads=jacobian)
+  if "products" in balancer.needs:
+    signals = signals._replace(products=lambda weights, p=0, q=0: jnp.matmul(
+        gramian, weights.astype(gramian.dtype), precision=jax.lax.Precision.HIGHEST))
   if "cross_gramian" in balancer.needs:
     signals = signals._replace(cross_gramian=((gramian,) * balancer.parts,) * balancer.parts)
   if "lookahead" in balancer.needs:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import hyperparameters, solvers
+from mtl_jax.balancing import hyperparameters, masked, search, solvers
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
 from mtl_jax.balancing.preference import of_active
 
@@ -29,6 +29,8 @@ def cagrad(c: float | jax.Array = 0.5, rescale: int = 1) -> Balancer:
     and of that scale. A task whose gradient is zero counts in the mean, and no more: nothing can
     serve it or harm it. Where zero lies in the hull of the gradients the push may be shorter than
     `c ‖g0‖`; from `c = 1` on, it leaves there the part of `g0` that conflicts with nobody.
+    It also works from products with the Gramian, by `search.descend`; there `‖g_w‖` counts as a
+    thousandth of `‖g0‖` at least.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import balancing
@@ -57,9 +59,49 @@ def cagrad(c: float | jax.Array = 0.5, rescale: int = 1) -> Balancer:
     radius = jnp.asarray(c, gramian.dtype)
     # Without a push its direction is of no account, but it has to be finite.
     push = solvers.worst_case_push(gramian, active, jnp.maximum(radius, 1e-3))
-    weights = of_active(None, active, gramian.dtype) + radius * push
-    divisor = (1, 1 + radius**2, 1 + radius)[rescale]
-    return Decision(weights / divisor), state
+    return _pushed(active, radius, push, rescale), state
 
-  return Balancer("cagrad", no_state, update, frozenset({"gramian"}),
-                  scale="mean" if rescale == 2 else "own")
+  def by_products(count: int) -> Balancer:
+    def search_or_solve(signals: Signals, state: search.SearchState) -> tuple[Decision, Any]:
+      if signals.gramian is not None:
+        return update(signals, state)
+      radius = jnp.asarray(c, state.point.dtype)
+      push, state = _search(signals, state, jnp.maximum(radius, 1e-3), count)
+      return _pushed(signals.active, radius, push, rescale), state
+    return balancer._replace(init=search.init, update=search_or_solve,
+                             needs=frozenset({"products"}))
+
+  balancer = Balancer("cagrad", no_state, update, frozenset({"gramian"}),
+                      scale="mean" if rescale == 2 else "own")
+  return balancer._replace(by_products=by_products)
+
+
+def _pushed(active: jax.Array, radius: jax.Array, push: jax.Array, rescale: int) -> Decision:
+  """The mean, pushed and rescaled."""
+  weights = of_active(None, active, push.dtype) + radius * push
+  return Decision(weights / (1, 1 + radius**2, 1 + radius)[rescale])
+
+
+def _search(signals: Signals, state: search.SearchState, radius: jax.Array,
+            count: int) -> tuple[jax.Array, search.SearchState]:
+  """The push [T], by a search that starts between the mean and where the last one ended."""
+  active, dtype = signals.active, state.point.dtype
+  any_task = lambda weights: signals.products(weights).astype(dtype)
+  equal = of_active(None, active, dtype)
+  image = search.within(any_task, active)(equal)
+  live = active & (image != 0)  # a zero gradient counts in the mean only
+  product, unit = search.scaled(search.within(any_task, live), image)
+  image /= unit
+  mean = jnp.sqrt(jnp.maximum(jnp.sum(equal * image), 0))
+  linear = image / (radius * jnp.where(mean > 0, mean, 1))
+
+  start = of_active(None, live, dtype)
+  place = search.Place(start, image * masked.count(active, dtype) / masked.count(live, dtype),
+                       state.step * unit)
+  way = masked.shares(state.point, live, dtype) - start
+  place = search.along(place, way, product(way), linear)
+  place = search.descend(product, place, live, count - 2, linear)
+  push = place.point * mean / jnp.maximum(place.length, jnp.where(mean > 0, mean / 1000, 1))
+  state = search.SearchState(masked.with_shares(state.point, place.point, live),
+                             place.step / unit)
+  return jnp.where(active, jnp.where(mean > 0, push, equal), 0), state

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mtl_jax.balancing import hyperparameters, solvers
+from mtl_jax.balancing import hyperparameters, masked, search, solvers
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals, no_state
+from mtl_jax.balancing.preference import of_active
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
@@ -24,7 +25,8 @@ def mgda(normalization: str = "none") -> Balancer:
   Returns:
     A balancer that needs the Gramian. With "none" the weights sum to one; in general
     `Σ w_i n_i = 1`. A task whose gradient is zero is itself the minimum: such tasks share the
-    whole weight, so that with nothing but zeros all active tasks weigh the same.
+    whole weight, so that with nothing but zeros all active tasks weigh the same. With "none" and
+    "loss" it also works from products with the Gramian, by `search.descend`.
 
   >>> import jax.numpy as jnp
   >>> from mtl_jax import balancing
@@ -54,5 +56,36 @@ def mgda(normalization: str = "none") -> Balancer:
       scales *= jnp.sqrt(jnp.diagonal(gramian))
     return Decision(solvers.shortest_combination(gramian, signals.active, scales)), state
 
-  return Balancer("mgda", no_state, update, frozenset({"gramian"}),
-                  scale="mean" if normalization == "none" else "own")
+  def by_products(count: int) -> Balancer:
+    def search_or_solve(signals: Signals, state: search.SearchState) -> tuple[Decision, Any]:
+      if signals.gramian is not None:
+        return update(signals, state)
+      return _search(signals, state, normalization == "loss", count)
+    return balancer._replace(init=search.init, update=search_or_solve,
+                             needs=frozenset({"products"}))
+
+  balancer = Balancer("mgda", no_state, update, frozenset({"gramian"}),
+                      scale="mean" if normalization == "none" else "own")
+  if normalization in ("l2", "loss+"):  # products do not tell the gradients' norms
+    return balancer
+  return balancer._replace(by_products=by_products)
+
+
+def _search(signals: Signals, state: search.SearchState, by_loss: bool,
+            count: int) -> tuple[Decision, search.SearchState]:
+  """Goes on from where the last step's search ended, in units of the scales."""
+  active, dtype = signals.active, state.point.dtype
+  inverse = jnp.ones_like(state.point)
+  if by_loss:
+    sizes = jnp.abs(masked.losses_of(signals.losses, active, dtype))
+    inverse = 1 / masked.positive(sizes, active, dtype)
+  product = search.within(
+      lambda shares: inverse * signals.products(inverse * shares).astype(dtype), active)
+  start = masked.shares(state.point, active, dtype)
+  image = product(start)
+  product, unit = search.scaled(product, image)
+  place = search.Place(start, image / unit, state.step * unit)
+  place = search.descend(product, place, active, count - 1)
+  shares = jnp.where(jnp.any(image), place.point, of_active(None, active, dtype))
+  state = search.SearchState(masked.with_shares(state.point, shares, active), place.step / unit)
+  return Decision(jnp.where(active, inverse * shares, 0)), state

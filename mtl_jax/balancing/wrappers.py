@@ -63,7 +63,8 @@ def every(balancer: Balancer, k: int) -> Balancer:
     weights, state = jax.lax.cond(due(state), ask, keep, state)
     return Decision(weights), state
 
-  return balancer._replace(init=init, update=update, due=due, **_within(balancer))
+  return balancer._replace(init=init, update=update, due=due, **within(balancer),
+                           **_by_products(balancer, lambda searching: every(searching, k)))
 
 
 class SmoothedState(NamedTuple):
@@ -102,7 +103,8 @@ def smoothed(balancer: Balancer, decay: float) -> Balancer:
     state = SmoothedState(inner, weights, state.seen | signals.active)
     return Decision(jnp.where(signals.active, weights, 0)), state
 
-  return balancer._replace(init=init, update=update, **_within(balancer))
+  return balancer._replace(init=init, update=update, **within(balancer),
+                           **_by_products(balancer, lambda searching: smoothed(searching, decay)))
 
 
 def log_losses(balancer: Balancer) -> Balancer:
@@ -124,6 +126,9 @@ def log_losses(balancer: Balancer) -> Balancer:
     if signals.gramian is not None:
       inverse = (1 / safe).astype(signals.gramian.dtype)
       scaled = scaled._replace(gramian=signals.gramian * inverse[:, None] * inverse[None])
+    if signals.products is not None:
+      scaled = scaled._replace(products=lambda weights, p=0, q=0: signals.products(
+          weights / safe.astype(weights.dtype), p, q) / safe.astype(weights.dtype))
     if signals.task_grads is not None:
       scaled = scaled._replace(task_grads=jax.tree.map(
           lambda g: g / safe.astype(g.dtype).reshape(-1, *(1,) * (g.ndim - 1)),
@@ -131,7 +136,7 @@ def log_losses(balancer: Balancer) -> Balancer:
     decision, state = balancer.update(scaled, state)
     return decision._replace(weights=decision.weights / safe.astype(decision.weights.dtype)), state
 
-  return balancer._replace(update=update, scale="own")
+  return balancer._replace(update=update, scale="own", **_by_products(balancer, log_losses))
 
 
 def max_norm(balancer: Balancer, limit: float) -> Balancer:
@@ -143,23 +148,33 @@ def max_norm(balancer: Balancer, limit: float) -> Balancer:
   """
   hyperparameters.check_numbers(balancer.name, "max_norm", limit, "a number above 0, or None",
                                 lambda array: array.ndim == 0 and array > 0)
-  if "gramian" not in balancer.needs:
+  if not balancer.needs & {"gramian", "products"}:
     raise ValueError(f"{balancer.name}: max_norm: expected a method that looks at the Gramian; "
                      "clip this one's gradient in the optimizer")
 
   def update(signals: Signals, state: Any) -> tuple[Decision, Any]:
     decision, state = balancer.update(signals, state)
-    both = signals.active[:, None] & signals.active[None]
-    gramian = jnp.where(both, signals.gramian, 0)
-    largest = jnp.maximum(jnp.sqrt(jnp.abs(gramian).max()), jnp.finfo(gramian.dtype).tiny)
-    unit = gramian / largest / largest  # so that no product overflows
-    weights = decision.weights.astype(gramian.dtype)
-    norm = largest * jnp.sqrt(jnp.maximum(weights @ unit @ weights, 0))
+    norm = _norm(signals, decision.weights)
     bound = jnp.asarray(limit, norm.dtype)
     factor = bound / jnp.maximum(norm, bound)
     return Decision(decision.weights * factor.astype(decision.weights.dtype)), state
 
-  return balancer._replace(update=update, scale="own")
+  return balancer._replace(update=update, scale="own", **_by_products(
+      balancer, lambda searching: max_norm(searching, limit)))
+
+
+def _norm(signals: Signals, weights: jax.Array) -> jax.Array:
+  """The length of the weighted sum of the gradients."""
+  if signals.gramian is None:
+    weights = jnp.where(signals.active, weights, 0)
+    square = jnp.sum(weights * signals.products(weights), where=signals.active)
+    return jnp.sqrt(jnp.maximum(square, 0))
+  both = signals.active[:, None] & signals.active[None]
+  gramian = jnp.where(both, signals.gramian, 0)
+  largest = jnp.maximum(jnp.sqrt(jnp.abs(gramian).max()), jnp.finfo(gramian.dtype).tiny)
+  unit = gramian / largest / largest  # so that no product overflows
+  weights = weights.astype(gramian.dtype)
+  return largest * jnp.sqrt(jnp.maximum(weights @ unit @ weights, 0))
 
 
 def reduction(balancer: Balancer, kind: str) -> Balancer:
@@ -185,16 +200,18 @@ def reduction(balancer: Balancer, kind: str) -> Balancer:
     direction = jax.tree.map(lambda x: x * factor.astype(x.dtype), decision.direction)
     return Decision(decision.weights * factor, direction), state
 
-  return balancer._replace(update=update, scale=kind)
+  return balancer._replace(update=update, scale=kind, **_by_products(
+      balancer, lambda searching: reduction(searching, kind)))
 
 
 def scale_heads(balancer: Balancer, scaled: bool) -> Balancer:
   """Says whether the weights also scale the gradients of what tasks do not share."""
-  return balancer._replace(scale_heads=scaled)
+  return balancer._replace(scale_heads=scaled, **_by_products(
+      balancer, lambda searching: scale_heads(searching, scaled)))
 
 
-def _within(balancer: Balancer) -> dict[str, Any]:
-  """The method's looks ahead and after the step, on its own state within a wrapper's."""
+def within(balancer: Balancer) -> dict[str, Any]:
+  """The method's looks ahead and after the step, on its state `inner` within a wrapper's."""
   looks = {}
   if balancer.after_step:
     looks["after_step"] = lambda losses, active, state: state._replace(
@@ -204,6 +221,14 @@ def _within(balancer: Balancer) -> dict[str, Any]:
     looks["lookahead"] = plan._replace(
         weights=lambda state, active: plan.weights(state.inner, active))
   return looks
+
+
+def _by_products(balancer: Balancer,
+                 wrapped: Callable[[Balancer], Balancer]) -> dict[str, Any]:
+  """The wrapper over the method that works from products, where there is one."""
+  if balancer.by_products is None:
+    return {}
+  return {"by_products": lambda count: wrapped(balancer.by_products(count))}
 
 
 def _check_weights(balancer: Balancer, wrapper: str) -> None:

@@ -24,6 +24,7 @@ from mtl_jax.experiment.fields import duration_steps
 from mtl_jax.experiment.task_sections import head_arguments, num_labelled, task_of
 from mtl_jax.models import HEADS, SHARINGS, TRUNKS, MultiTaskModel
 from mtl_jax.tasks import Task
+from mtl_jax.training.engines import ENGINES, Engine
 from mtl_jax.training.optimizer import SCHEDULES, by_part, optimizer
 from mtl_jax.training.parameter_groups import check_patterns
 from mtl_jax.training.penalties import PENALTIES
@@ -62,6 +63,7 @@ def build(config: ConfigDict, given: Mapping[str, Source] | None = None) -> Expe
       model=_model(config, tasks, loaded),
       tasks=tasks,
       balancer=_balancer(config, tasks),
+      gradients=_engine(config.train.gradients),
       optimizer=_optimizer(config.optimizer, num_steps, units),
       penalties={name: PENALTIES[name](strength) for name, strength in config.penalties.items()},
       sources=loaded,
@@ -130,6 +132,11 @@ def _schedule(config: ConfigDict, tasks: tuple[Task, ...],
       streams={task.name: task.stream for task in tasks},
       sizes={task.name: num_labelled(task, loaded[task.stream].splits["train"])
              for task in tasks} if config.schedule.name == "sampled" else {})
+
+
+def _engine(section: str | ConfigDict) -> Engine:
+  section = {"name": section} if isinstance(section, str) else section.to_dict()
+  return sections.make("config.train.gradients", section, ENGINES)
 
 
 def _task_weights(config: ConfigDict, tasks: tuple[Task, ...],
@@ -214,7 +221,7 @@ def _check_shapes(experiment: Experiment) -> None:
   except (ValueError, TypeError) as error:
     raise UserError(f"config.tasks: {str(error).splitlines()[0]}") from error
   try:
-    check_engine(experiment.config.train.gradients, experiment.balancer,
+    check_engine(experiment.gradients, experiment.balancer,
                  one_stream=len(experiment.sources) == 1,
                  one_representation=model.sharing.one_representation,
                  shares_parameters=any(model.owner(path) is None

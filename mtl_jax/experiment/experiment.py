@@ -17,6 +17,7 @@ from mtl_jax.data.source import Columns, Examples, Label, Source
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.tasks import Task
 from mtl_jax.training import create_train_state, eval_step, train_step
+from mtl_jax.training.engines import Engine
 from mtl_jax.training.schedules import TaskSchedule, scheduled_step
 from mtl_jax.training.task_weights import Rule
 
@@ -30,6 +31,7 @@ class Experiment:
     model: the model.
     tasks: the T tasks.
     balancer: the balancing method.
+    gradients: engine of the task gradients.
     optimizer: with its schedule.
     penalties: functions of the parameters by name.
     sources: by stream, each with train, validation and test.
@@ -48,6 +50,7 @@ class Experiment:
   model: MultiTaskModel
   tasks: tuple[Task, ...]
   balancer: Balancer
+  gradients: Engine
   optimizer: optax.GradientTransformation
   penalties: Mapping[str, Callable[[Any], jax.Array]]
   sources: Mapping[str, Source]
@@ -125,7 +128,8 @@ class Experiment:
     return create_train_state(seed, example, model=self.model, tasks=self.tasks,
                               balancer=self.balancer, optimizer=self.optimizer,
                               task_weights=jnp.asarray(self.task_weights, jnp.float32),
-                              schedule_state=self.schedule.init(len(self.tasks)))
+                              schedule_state=self.schedule.init(len(self.tasks)),
+                              gradients=self.gradients)
 
   def train_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     """One step on a batch with uint8 images, of the tasks whose turn it is."""
@@ -134,7 +138,7 @@ class Experiment:
     def step(state: Any, batch: Any, **taking_part: Any) -> tuple[Any, dict[str, Any]]:
       batch = self.preprocess(batch, state.seed, state.step, train=True)
       return train_step(state, batch, model=self.model, tasks=self.tasks, balancer=self.balancer,
-                        optimizer=self.optimizer, gradients=self.config.train.gradients,
+                        optimizer=self.optimizer, gradients=self.gradients,
                         penalties=self.penalties,
                         diagnose_every=self.config.train.diagnose_every_steps or 0, frozen=frozen,
                         precision=self.config.train.precision, **taking_part)

@@ -13,6 +13,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import sections
 from mtl_jax.models import HEADS, SHARINGS, TRUNKS
 from mtl_jax.tasks import KINDS
+from mtl_jax.training.engines import ENGINES
 from mtl_jax.training.optimizer import MASKS, OPTIMIZERS, SCHEDULES, optimizer
 from mtl_jax.training.penalties import PENALTIES
 from mtl_jax.training.precision import PRECISIONS
@@ -74,7 +75,8 @@ class TrainSection:
     log_every_steps: between training records.
     steps_per_call: optimizer steps in one compiled call on resident data; 1 on CPUs and 16 on
       accelerators when None.
-    gradients: engine of the task gradients, "exact" or "features".
+    gradients: engine of the task gradients, "exact", "features", "matrix_free" or "sketched", or
+      a section with its name and arguments.
     precision: in which trunk and heads compute, "float32" or "bfloat16"; all else is float32.
     diagnose_every_steps: between steps whose exact Gramian is taken for the records, whatever
       the balancer and the engine; None for never.
@@ -88,7 +90,7 @@ class TrainSection:
   evaluate_every_examples: int | None = None
   log_every_steps: int = 10
   steps_per_call: int | None = None
-  gradients: str = "exact"
+  gradients: str | Mapping[str, Any] = "exact"
   precision: str = "float32"
   diagnose_every_steps: int | None = None
 
@@ -155,6 +157,8 @@ def complete(config: ConfigDict) -> ConfigDict:
   result["init_from"] = _init_from(found.get("init_from"), found["tasks"])
   sections.check_sizes("config.trunk", result["trunk"])
   sections.check_sizes("config.train", result["train"])
+  result["train"]["gradients"] = sections.word_or_section(
+      "config.train.gradients", result["train"]["gradients"], ENGINES)
   precision = result["train"]["precision"]
   if precision not in PRECISIONS:
     raise UserError(f"config.train.precision: {sections.nearest(precision, PRECISIONS)}; "

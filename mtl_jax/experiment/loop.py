@@ -294,8 +294,8 @@ def _train_values(experiment: Experiment, logs: dict[str, Any]) -> dict[str, flo
   for name, value in logs["penalties"].items():
     values[f"penalty/{name}"] = float(value)
   values["gradient_norm"] = float(logs["gradient_norm"])
-  if np.isfinite(logs.get("weights_error", np.nan)):
-    values["weights_error"] = float(logs["weights_error"])
+  values |= {name: float(logs[name]) for name in ("weights_error", "gramian_error")
+             if np.isfinite(logs.get(name, np.nan))}
   if "gramian" in logs and np.isfinite(logs["gramian"]).all():  # else not looked at
     norms = np.sqrt(np.maximum(np.diag(logs["gramian"]), 0))
     for task, norm in zip(experiment.tasks, norms):

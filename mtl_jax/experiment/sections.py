@@ -51,6 +51,19 @@ def complete(where: str, section: Mapping[str, Any], table: Mapping[str, Callabl
   return {"name": name, **arguments_of(where, table[name], arguments, given, also), **kept}
 
 
+def word_or_section(where: str, found: str | Mapping[str, Any],
+                    table: Mapping[str, Callable[..., Any]]) -> str | dict[str, Any]:
+  """A completed section from a word or a section; a word where its factory takes no argument.
+
+  >>> word_or_section("config.x", "dict", {"dict": lambda size=3: size, "none": lambda: None})
+  {'name': 'dict', 'size': 3}
+  >>> word_or_section("config.x", {"name": "none"}, {"none": lambda: None})
+  'none'
+  """
+  section = complete(where, {"name": found} if isinstance(found, str) else found, table)
+  return section if len(section) > 1 else section["name"]
+
+
 def arguments_of(where: str, factory: Callable[..., Any], found: Mapping[str, Any],
                  given: Sequence[str] = (), also: Sequence[str] = ()) -> dict[str, Any]:
   """All arguments of a factory: those found, coerced to their types, and the defaults.

@@ -28,6 +28,8 @@ class Pass(NamedTuple):
       task that takes no part.
     pull_shared: from cotangents of all tasks' features to the gradients of shared parameters, as
       the model nests them.
+    push_shared: from tangents of shared parameters, nested so, to those of all tasks' features;
+      None where it was not asked for.
     own_grads: gradient of each owned parameter, of the loss of the task that owns it.
     penalties: names of those that depend on the batch; see `PassOf.penalties`.
   """
@@ -38,6 +40,7 @@ class Pass(NamedTuple):
   model_state: Any
   feature_grads: dict[str, Any]
   pull_shared: Callable[[Mapping[str, Any]], Any]
+  push_shared: Callable[[Any], dict[str, Any]] | None
   own_grads: Flat
   penalties: tuple[str, ...]
 
@@ -53,6 +56,7 @@ class PassOf(NamedTuple):
     frozen: patterns of the parameters that stand still, whose gradients are zero.
     only: names of the tasks that take part; all where it is None.
     precision: in which the model computes.
+    forwards: whether the features are also differentiated forwards.
   """
 
   model: MultiTaskModel
@@ -62,6 +66,7 @@ class PassOf(NamedTuple):
   frozen: Sequence[str] = ()
   only: Sequence[str] | None = None
   precision: str = "float32"
+  forwards: bool = False
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
@@ -82,7 +87,12 @@ class PassOf(NamedTuple):
       metrics = task_metrics(tasks, outputs, batch, gathered=False)
       return losses, (active, metrics, new_state)
 
-    features, pull, (middle_state, penalties) = jax.vjp(features_of, shared, owned, has_aux=True)
+    push = None
+    if self.forwards:
+      features, push, (middle_state, penalties) = _linearized(features_of, shared, owned)
+      pull = jax.linear_transpose(push, shared, owned)
+    else:
+      features, pull, (middle_state, penalties) = jax.vjp(features_of, shared, owned, has_aux=True)
     losses, pull_losses, (active, metrics, new_state) = jax.vjp(
         losses_of, owned, features, has_aux=True)
     # Each owned parameter reaches one loss only, so one unweighted pass serves them all.
@@ -93,8 +103,10 @@ class PassOf(NamedTuple):
     def pull_shared(cotangents: Mapping[str, Any]) -> Any:
       taken = {task: x for task, x in cotangents.items() if x is not None}
       return unflatten_dict(pull(taken)[0])
-    return Pass(losses, active, metrics, new_state, feature_grads, pull_shared, own_grads,
-                tuple(penalties))
+    still = jax.tree.map(jnp.zeros_like, owned)
+    push_shared = push and (lambda tangents: push(flatten_dict(tangents), still))
+    return Pass(losses, active, metrics, new_state, feature_grads, pull_shared, push_shared,
+                own_grads, tuple(penalties))
 
   def losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
     """Losses [T] of a pass in training mode that leaves no trace."""
@@ -138,6 +150,22 @@ class PassOf(NamedTuple):
 
   def _held(self, flat: Flat) -> Any:
     return unflatten_dict(hold(flat, self.frozen))
+
+
+def _linearized(function: Callable[..., tuple[Any, Any]], *primals: Any) -> tuple[Any, Any, Any]:
+  """Value, derivative and the rest, as `jax.linearize` gives them.
+
+  Raises:
+    ValueError: where the function cannot be differentiated forwards.
+  """
+  try:
+    return jax.linearize(function, *primals, has_aux=True)
+  except TypeError as error:
+    if "forward-mode" not in str(error):
+      raise
+    raise ValueError("gradients: expected a trunk that can be differentiated forwards, found one "
+                     "with a jax.custom_vjp; use 'exact' or 'features', or jax.custom_jvp"
+                     ) from error
 
 
 def cut(batch: Mapping[str, Mapping[str, jax.Array]], parts: int) -> list[Any]:

@@ -14,6 +14,7 @@ from mtl_jax.balancing.balancer import init_state
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.randomness import purpose_key
 from mtl_jax.tasks import Task
+from mtl_jax.training import engines
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -46,7 +47,8 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
                        *, model: MultiTaskModel, tasks: Sequence[Task], balancer: Balancer,
                        optimizer: optax.GradientTransformation,
                        task_weights: jax.typing.ArrayLike = 1.0,
-                       schedule_state: Any = ()) -> TrainState:
+                       schedule_state: Any = (),
+                       gradients: str | engines.Engine = "exact") -> TrainState:
   """A fresh training state.
 
   Args:
@@ -58,6 +60,8 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
     optimizer: an optax optimizer.
     task_weights: one factor of the losses, or [T].
     schedule_state: what the schedule of tasks keeps, see `schedules.TaskSchedule.init`.
+    gradients: engine of the task gradients, as in `train_step`; what it keeps from step to step
+      is part of the balancer's state.
 
   Raises:
     ValueError: where tasks and heads do not match.
@@ -69,7 +73,7 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
   keys = {"params": purpose_key(seed, "init"), "dropout": purpose_key(seed, "init_dropout")}
   variables = dict(model.init(keys, batch))
   params = variables.pop("params")
-  balancer_state = init_state(balancer, len(tasks), _stacked(params, model, len(tasks)))
+  balancer_state = init_state(engines.get(gradients).adapt(balancer), len(tasks), _stacked(params, model, len(tasks)))
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,

@@ -13,19 +13,20 @@ from mtl_jax.balancing import Balancer, Decision, Signals
 from mtl_jax.models import MultiTaskModel
 from mtl_jax.randomness import purpose_key
 from mtl_jax.tasks import Task, empty_metrics, merge_metrics, task_metrics
+from mtl_jax.training import engines
 from mtl_jax.training.lookahead import look_ahead
 from mtl_jax.training.parameter_groups import hold, kept
 from mtl_jax.training.passes import Flat, Pass, PassOf, cut
 from mtl_jax.training.precision import apply
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.task_gradients import Backward, balance, diagnose
+from mtl_jax.training.task_gradients import balance, diagnose
 
 Batch = Mapping[str, Mapping[str, jax.Array]]
 
 
 def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks: Sequence[Task],
                balancer: Balancer, optimizer: optax.GradientTransformation,
-               gradients: str = "exact",
+               gradients: str | engines.Engine = "exact",
                penalties: Mapping[str, Callable[[Any], jax.Array]] | None = None,
                diagnose_every: int = 0,
                frozen: Sequence[str] = (),
@@ -43,7 +44,8 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       a task owns alone gets that task's own gradient. A balancer that asks for several parts cuts
       the batch; losses are those of part 0, metrics those of all.
     optimizer: an optax optimizer.
-    gradients: engine of the task gradients, "exact" or "features".
+    gradients: engine of the task gradients, a word of `engines.ENGINES` or an engine; the one that
+      the state was created for.
     penalties: functions of the parameters by name, added to the loss after balancing, as are
       those of the model's sharing architecture, which may depend on the batch.
     diagnose_every: at each so many-th step the exact Gramian is taken for the logs, whatever the
@@ -62,16 +64,19 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     update_norm []; metrics `{task: {metric: state}}`; penalties `{name: []}`; and, where the
     balancer saw the Gramian or `diagnose_every` is set, gramian [T, T], NaN at steps at which it
     was not due. Under another engine than "exact", weights_error [] says how far a diagnosed
-    step's weights are from those of the exact Gramian.
+    step's weights are from those of the exact Gramian, and gramian_error [] how far an estimate of
+    it is, relatively.
 
   Raises:
     ValueError: where a stream has fewer examples than the balancer asks for parts, a penalty has
       the name of one of the sharing architecture, or the precision is unknown.
   """
   rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
+  engine = engines.get(gradients)
+  balancer = engines.adapted(engine, balancer, state.balancer_state, len(tasks))
   task_weights = state.task_weights if factors is None else state.task_weights * factors
   of = functools.partial(PassOf, model, tasks, task_weights, frozen=frozen, only=only,
-                         precision=precision)
+                         precision=precision, forwards=engine.forwards)
   parts, passes, model_state = cut(batch, balancer.parts), [], state.model_state
   for number, part in enumerate(parts):
     keys = rngs if number == 0 else {k: jax.random.fold_in(v, number) for k, v in rngs.items()}
@@ -79,8 +84,9 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     model_state = passes[-1].model_state
   losses, active = passes[0].losses, jnp.stack([one.active for one in passes]).all(axis=0)
 
-  backward = Backward(
+  backward = engines.Backward(
       [one.feature_grads for one in passes], [one.pull_shared for one in passes],
+      [one.push_shared for one in passes],
       lambda plan, weights: look_ahead(
           plan, weights, state.params,
           lambda params, i: of(rngs).losses(params, state.model_state, parts[i])),
@@ -89,7 +95,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       one_representation=model.sharing.one_representation)
   shared_grads, signals, decision, balancer_state = balance(
       balancer, Signals(losses, active, purpose_key(state.seed, "balancer", state.step)),
-      state.balancer_state, backward, gradients)
+      state.balancer_state, backward, engine)
   grads = unflatten_dict({**flatten_dict(shared_grads),
                           **_own_grads(passes, decision, balancer, model, tasks)})
 
@@ -121,7 +127,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   if signals.gramian is not None:
     logs["gramian"] = signals.gramian
   if diagnose_every:
-    logs |= diagnose(balancer, signals, state.balancer_state, decision, backward, gradients,
+    logs |= diagnose(balancer, signals, state.balancer_state, decision, backward, engine,
                      due=(state.step + 1) % diagnose_every == 0)
   read = {task.stream for task in tasks if only is None or task.name in only}
   state = state.replace(step=state.step + 1, params=new_params,

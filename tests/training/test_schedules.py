@@ -192,7 +192,8 @@ def test_scheduled_steps_take_turns_inside_one_program_on_any_number_of_devices(
 @pytest.mark.parametrize("name", sorted(models.SHARINGS))
 def test_every_sharing_serves_some_tasks_alone(name):
   from tests.models.sharing_cases import IMAGES, TASKS, TRUNKS, TWO, filled
-  sharing = models.SHARINGS[name](TRUNKS["resnet" if name == "task_norm" else "cnn"], TASKS)
+  trunk = TRUNKS["resnet" if name in ("task_norm", "adashare") else "cnn"]
+  sharing = models.SHARINGS[name](trunk, TASKS)
   model = models.MultiTaskModel(sharing, {task: models.Linear(2) for task in TASKS}, TWO)
   batch = {stream: {"image": images} for stream, images in IMAGES.items()}
   variables = filled(model, batch)

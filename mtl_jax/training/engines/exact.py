@@ -1,0 +1,35 @@
+"""Gradients of the shared parameters, one backward pass of the trunk a task."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.balancing import Balancer, Signals
+from mtl_jax.balancing.balancer import gramian_of
+from mtl_jax.training.engines.engine import Backward, Engine, only, with_inner, with_zeros
+
+
+def exact() -> Engine:
+  """The engine to which all others compare; it serves every method.
+
+  >>> exact().objection(None, False, False) is None
+  True
+  """
+  def look(balancer: Balancer, signals: Signals, state: Any,
+           backward: Backward) -> tuple[Signals, Any, Any]:
+    parts = range(len(backward.pulls))
+    rows = [rows_of(backward, part) for part in parts]
+    signals = with_inner(balancer.needs, signals, lambda p, q: gramian_of(rows[p], rows[q]),
+                         len(parts))
+    return signals, rows[0] if balancer.needs & {"gramian", "task_grads"} else None, state
+
+  return Engine("exact", look, lambda *_: None, rows_of_parameters=True)
+
+
+def rows_of(backward: Backward, part: int) -> Any:
+  """Gradients of the shared parameters, stacked: leaves [T, ...]."""
+  grads = backward.feature_grads[part]
+  rows = [backward.pulls[part](only(task, grads)) if grads[task] is not None else None
+          for task in grads]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *with_zeros(rows))
