@@ -18,10 +18,7 @@ on the gradients' size differ in length too, since a representation's gradients 
 
 import argparse
 import functools
-import json
 import os
-import statistics
-import time
 from typing import Any
 
 if hasattr(os, "sched_setaffinity"):  # before jax counts the cores that its threads may use
@@ -30,6 +27,7 @@ if hasattr(os, "sched_setaffinity"):  # before jax counts the cores that its thr
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from timing import emit, medians, sample_of  # noqa: E402
 
 import mtl_jax  # noqa: E402
 from mtl_jax import balancing, models, tasks  # noqa: E402
@@ -61,25 +59,18 @@ def measure(args: argparse.Namespace) -> None:
   plain = balancing.Signals(
       losses=jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, args.tasks), jnp.float32),
       active=jnp.ones(args.tasks, bool), key=jax.random.key(0))
-  runs, times = {}, {}
+  samples, needs = {}, {}
   for name in balancing.METHODS:
     balancer = build(name, args.tasks)
     state = init_state(balancer, args.tasks, rows)
     signals = fill_in(plain, balancer, state, rows)
-    update = jax.jit(balancer.update)
-    _, state = jax.block_until_ready(update(signals, state))
-    runs[name], times[name] = [level(balancer), update, signals, state], []
-  for _ in range(args.rounds):
-    for name, run in runs.items():
-      _, update, signals, state = run
-      start = time.perf_counter()
-      _, run[3] = jax.block_until_ready(update(signals, state))
-      times[name].append(1e3 * (time.perf_counter() - start))
-  for name, values in times.items():
-    print(json.dumps({
-        "benchmark": "balancers", "balancer": name, "needs": runs[name][0], "tasks": args.tasks,
-        "parameters": args.parameters, "milliseconds": round(statistics.median(values), 3),
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__}))
+    update = jax.jit(lambda state, signals, balancer=balancer:
+                     balancer.update(signals, state)[::-1])
+    samples[name], _ = sample_of(update, state, signals)
+    needs[name] = level(balancer)
+  for name, seconds in medians(samples, args.rounds).items():
+    emit("balancers", balancer=name, needs=needs[name], tasks=args.tasks,
+         parameters=args.parameters, milliseconds=round(1e3 * seconds, 3))
 
 
 def gramians(num_tasks: int, batch_size: int) -> dict[str, Any]:
@@ -127,12 +118,10 @@ def check_features(num_tasks: int = 8, batch_size: int = 64) -> None:
     right, near = weights_of(found["exact"]), weights_of(found["features"])
     # With d = Jᵀ w, lengths and angles of directions are those of weights under the Gramian.
     apart, length = near - right, np.sqrt(right @ exact @ right)
-    print(json.dumps({
-        "benchmark": "features", "balancer": name, "tasks": num_tasks, "batch": batch_size,
-        "weights_cosine": round(cosine(right, near, np.eye(num_tasks)), 4),
-        "direction_cosine": round(cosine(right, near, exact), 4),
-        "direction_distance": round(float(np.sqrt(max(apart @ exact @ apart, 0)) / length), 4),
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__}))
+    emit("features", balancer=name, tasks=num_tasks, batch=batch_size,
+         weights_cosine=round(cosine(right, near, np.eye(num_tasks)), 4),
+         direction_cosine=round(cosine(right, near, exact), 4),
+         direction_distance=round(float(np.sqrt(max(apart @ exact @ apart, 0)) / length), 4))
 
 
 def main() -> None:

@@ -8,25 +8,30 @@ engines. Prints JSON lines with medians, and the ratio to the bare step in the s
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
 import jax
+from timing import emit
 
 from mtl_jax.data import streams
 from mtl_jax.experiment import build, config, fields, loop
-from mtl_jax.training import train_step
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
+from mtl_jax.training.step import train_step
 
 
-def experiment_of(args: argparse.Namespace, engine: str, data_dir: str) -> build.Experiment:
-  overrides = [f"--config.train.steps={args.steps}", "--config.train.log_every_steps=10",
+def experiment_of(file: str, steps: int, engine: str, data_dir: str) -> build.Experiment:
+  """What a config file describes, so many steps of it, on the bundled sample."""
+  overrides = [f"--config.train.steps={steps}", "--config.train.log_every_steps=10",
                f"--config.data.engine={engine}", "--config.data.download=False",
                "--config.data.missing=sample", f"--config.data.dir={data_dir}"]
-  return build.build(fields.complete(config.load(args.config, overrides)))
+  return build.build(fields.complete(config.load(file, overrides)))
 
 
 def bare_rate(experiment: build.Experiment, steps: int) -> float:
@@ -36,11 +41,12 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
   size = experiment.config.data.batch_size
   batch = {stream: {k: v[:size] for k, v in examples.arrays().items()}
            for stream, examples in experiment.examples("train").items()}
-  batch = jax.device_put(streams.preprocess(
-      jax.device_put(batch), state.seed, state.step, statistics=experiment.statistics), split(mesh))
-  step = sharded_step(lambda s, b: train_step(
-      s, b, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
-      optimizer=experiment.optimizer, gradients=experiment.gradients), mesh)
+  batch = experiment.preprocess(jax.device_put(batch), state.seed, state.step, train=True)
+  step = sharded_step(functools.partial(
+      train_step, model=experiment.model, tasks=experiment.tasks, balancer=experiment.balancer,
+      optimizer=experiment.optimizer, gradients=experiment.gradients,
+      precision=experiment.config.train.precision), mesh)
+  batch = jax.device_put(batch, split(mesh))
   state, _ = jax.block_until_ready(step(state, batch))
   times = []
   for _ in range(steps):
@@ -52,12 +58,25 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
 
 def loop_rate(experiment: build.Experiment) -> float:
   """Images a second that a real run logs, its first records (compilation) left out."""
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     loop.train(experiment, pathlib.Path(folder) / "run")
     lines = (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
   rates = [r["examples_per_second"] for r in records if r["split"] == "train"]
   return statistics.median(rates[1:])
+
+
+def rates(file: str, steps: int, repeats: int) -> dict[str, float]:
+  """Images a second of the bare step and of the loop with each data engine, medians."""
+  found = {"bare step": [], **{engine: [] for engine in streams.ENGINES}}
+  with tempfile.TemporaryDirectory() as data_dir:
+    experiments = {engine: experiment_of(file, steps, engine, data_dir)
+                   for engine in streams.ENGINES}
+    for _ in range(repeats):
+      found["bare step"].append(bare_rate(experiments["resident"], steps))
+      for engine, experiment in experiments.items():
+        found[engine].append(loop_rate(experiment))
+  return {what: statistics.median(values) for what, values in found.items()}
 
 
 def main() -> None:
@@ -67,22 +86,10 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=120)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
-
-  rates = {"bare step": [], "resident": [], "grain": []}
-  with tempfile.TemporaryDirectory() as data_dir:
-    experiments = {engine: experiment_of(args, engine, data_dir) for engine in streams.ENGINES}
-    for _ in range(args.repeats):
-      rates["bare step"].append(bare_rate(experiments["resident"], args.steps))
-      for engine, experiment in experiments.items():
-        rates[engine].append(loop_rate(experiment))
-  bare = statistics.median(rates["bare step"])
-  for name, values in rates.items():
-    rate = statistics.median(values)
-    print(json.dumps({
-        "benchmark": "loop", "what": name, "config": args.config,
-        "images_per_second": round(rate, 1), "ratio_to_bare": round(rate / bare, 3),
-        "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
-        "jax": jax.__version__}))
+  found = rates(args.config, args.steps, args.repeats)
+  for what, rate in found.items():
+    emit("loop", what=what, config=args.config, images_per_second=round(rate, 1),
+         ratio_to_bare=round(rate / found["bare step"], 3))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 from typing import Any
 
 import jax
 import numpy as np
+from timing import Sample, medians, sample_of
 
 from mtl_jax.experiment import build, config, fields, loop
 from mtl_jax.models import SHARINGS
@@ -54,35 +54,22 @@ def experiment_of(args: argparse.Namespace, data: str, row: tuple[str, list[str]
   return build.build(fields.complete(config.load(path + argument, [*COMMON, *own, *overrides])))
 
 
-def step_of(experiment: build.Experiment) -> list[Any]:
-  """A compiled step after its first call, its state and its batch."""
+def step_of(experiment: build.Experiment) -> Sample:
+  """A sample of an experiment's compiled step on its first examples."""
   mesh = data_mesh()
   state = create_sharded(lambda: experiment.create_state(0), mesh)
   size = experiment.config.data.batch_size
   batch = {stream: {name: column[:size] for name, column in examples.arrays().items()}
            for stream, examples in experiment.examples("train").items()}
-  batch = jax.device_put(batch, split(mesh))
-  step = sharded_step(experiment.train_step, mesh)
-  return [step, jax.block_until_ready(step(state, batch))[0], batch]
-
-
-def step_times(experiments: Mapping[str, build.Experiment], rounds: int) -> dict[str, float]:
-  """Median milliseconds of a step, rounds going through all in turn."""
-  runs = {name: step_of(experiment) for name, experiment in experiments.items()}
-  times = {name: [] for name in runs}
-  for _ in range(rounds):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      run[1], _ = jax.block_until_ready(run[0](run[1], run[2]))
-      times[name].append(1e3 * (time.perf_counter() - start))
-  return {name: statistics.median(values) for name, values in times.items()}
+  return sample_of(sharded_step(experiment.train_step, mesh), state,
+                   jax.device_put(batch, split(mesh)))[0]
 
 
 def measure(args: argparse.Namespace, data: str) -> list[dict[str, Any]]:
   """A record for each row."""
   rows = variants(args.only, DATA[data][1])
   first = {name: experiment_of(args, data, row, 0) for name, row in rows.items()}
-  times = step_times(first, args.rounds)
+  times = medians({name: step_of(one) for name, one in first.items()}, args.rounds)
   records = []
   for name, row in rows.items():
     tests = []
@@ -100,7 +87,8 @@ def measure(args: argparse.Namespace, data: str) -> list[dict[str, Any]]:
     records.append({
         "benchmark": "sharing", "data": tests[0]["data"], "sharing": name, "steps": args.steps,
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)),
-        "step_ms": round(times[name], 2), "ratio_to_hard": round(times[name] / times["hard"], 2),
+        "step_ms": round(1e3 * times[name], 2),
+        "ratio_to_hard": round(times[name] / times["hard"], 2),
         "seeds": args.seeds, "test": metrics, "device": jax.devices()[0].device_kind,
         "jax": jax.__version__})
     print(json.dumps(records[-1]), flush=True)

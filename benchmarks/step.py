@@ -5,16 +5,17 @@
 
 Prints one JSON line a variant: the median over rounds, and its ratio to equal weights in the same
 run; and the peak of the memory that the compiled step works in, besides its arguments and results,
-with its ratio to that of equal weights. Rounds go through all variants in turn, so that a noisy machine disturbs them alike.
+with its ratio to that of equal weights. Rounds go through all variants in turn, so that a noisy
+machine disturbs them alike.
 """
 
 import argparse
+from collections.abc import Sequence
 import functools
-import json
-import statistics
-import time
+from typing import Any
 
 import jax
+from timing import emit, medians, sample_of
 
 import mtl_jax
 from mtl_jax import balancing, models, tasks
@@ -45,25 +46,41 @@ def _serves(engine: str, balancer: balancing.Balancer, own_streams: bool) -> boo
   return True
 
 
-def build(args: argparse.Namespace, balancer: balancing.Balancer, engine: str):
-  """A compiled step, its state and its batch."""
-  streams = [f"s{i}" if args.own_streams else "s" for i in range(args.tasks)]
+def statics_of(balancer: balancing.Balancer, *, num_tasks: int, own_streams: bool = False,
+               trunk: str = "cnn") -> dict[str, Any]:
+  """The static arguments of a step: classification into 10 classes by linear heads, Adam."""
+  streams = [f"s{i}" if own_streams else "s" for i in range(num_tasks)]
   some_tasks = tuple(tasks.classification(f"t{i}", num_classes=10, stream=stream, label=f"y{i}")
                      for i, stream in enumerate(streams))
   model = models.MultiTaskModel(
-      sharing=models.Hard(models.TRUNKS[args.trunk]()),
+      sharing=models.Hard(models.TRUNKS[trunk]()),
       heads={task.name: models.Linear(10) for task in some_tasks},
       streams={task.name: task.stream for task in some_tasks})
+  return dict(model=model, tasks=some_tasks, balancer=balancer, optimizer=optimizer("adam", 1e-3))
+
+
+def random_batch(some_tasks: Sequence[tasks.Task], batch_size: int) -> dict[str, Any]:
+  """A batch of random images [B, 32, 32, 3] and labels for such tasks, the same at every call."""
   key = jax.random.key(0)
-  batch = {stream: {"image": jax.random.normal(key, (args.batch, 32, 32, 3))} for stream in streams}
+  batch = {task.stream: {"image": jax.random.normal(key, (batch_size, 32, 32, 3))}
+           for task in some_tasks}
   for i, task in enumerate(some_tasks):
     batch[task.stream][task.label] = jax.random.randint(
-        jax.random.fold_in(key, i), (args.batch,), 0, 10)
-  statics = dict(model=model, tasks=some_tasks, balancer=balancer, optimizer=optimizer("adam", 1e-3),
-                 gradients="exact" if engine == "none" else engine)
+        jax.random.fold_in(key, i), (batch_size,), 0, task.num_outputs)
+  return batch
+
+
+def build(balancer: balancing.Balancer, engine: str, *, num_tasks: int, batch_size: int,
+          own_streams: bool = False, trunk: str = "cnn",
+          precision: str = "float32") -> tuple[Any, Any, Any]:
+  """A step to be compiled, its state and its batch."""
+  statics = statics_of(balancer, num_tasks=num_tasks, own_streams=own_streams, trunk=trunk)
+  statics["gradients"] = "exact" if engine == "none" else engine
+  batch = random_batch(statics["tasks"], batch_size)
   mesh = data_mesh()
+  # Not under jit, so that many variants share the compilations of a few operations.
   state = jax.device_put(mtl_jax.create_train_state(0, batch, **statics), replicated(mesh))
-  step = sharded_step(functools.partial(mtl_jax.train_step, **statics), mesh)
+  step = sharded_step(functools.partial(mtl_jax.train_step, **statics, precision=precision), mesh)
   return step, state, jax.device_put(batch, split(mesh))
 
 
@@ -79,34 +96,24 @@ def main() -> None:
   parser.add_argument("--engines", default="", help="separated by commas; all if empty")
   args = parser.parse_args()
 
-  runs, times, megabytes = {}, {}, {}
+  samples, megabytes = {}, {}
   for balancer, engine in variants(args.tasks, args.own_streams):
     if args.only and balancer.name not in ("equal", *args.only.split(",")):
       continue
     if args.engines and engine not in ("none", *args.engines.split(",")):
       continue
-    step, state, batch = build(args, balancer, engine)
+    step, state, batch = build(balancer, engine, num_tasks=args.tasks, batch_size=args.batch,
+                               own_streams=args.own_streams, trunk=args.trunk)
     step = step.lower(state, batch).compile()
     megabytes[balancer.name, engine] = step.memory_analysis().temp_size_in_bytes / 2**20
-    state, _ = jax.block_until_ready(step(state, batch))
-    runs[balancer.name, engine], times[balancer.name, engine] = [step, state, batch], []
-  for _ in range(args.rounds):
-    for name, run in runs.items():
-      step, state, batch = run
-      start = time.perf_counter()
-      run[1], _ = jax.block_until_ready(step(state, batch))
-      times[name].append(1e3 * (time.perf_counter() - start))
-  equal = statistics.median(times["equal", "none"])
-  for (name, engine), values in times.items():
-    median = statistics.median(values)
-    print(json.dumps({
-        "benchmark": "step", "balancer": name, "gradients": engine, "tasks": args.tasks,
-        "batch": args.batch, "own_streams": args.own_streams, "trunk": args.trunk,
-        "milliseconds": round(median, 2), "ratio_to_equal": round(median / equal, 3),
-        "megabytes": round(megabytes[name, engine], 1),
-        "memory_to_equal": round(megabytes[name, engine] / megabytes["equal", "none"], 3),
-        "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
-        "jax": jax.__version__}))
+    samples[balancer.name, engine], _ = sample_of(step, state, batch)
+  found = medians(samples, args.rounds)
+  for (name, engine), median in found.items():
+    emit("step", balancer=name, gradients=engine, tasks=args.tasks, batch=args.batch,
+         own_streams=args.own_streams, trunk=args.trunk, milliseconds=round(1e3 * median, 2),
+         ratio_to_equal=round(median / found["equal", "none"], 3),
+         megabytes=round(megabytes[name, engine], 1),
+         memory_to_equal=round(megabytes[name, engine] / megabytes["equal", "none"], 3))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The benchmarks still fit what they measure."""
 
-import argparse
-import importlib.util
+import importlib
 import pathlib
+import sys
 
 import jax
 import pytest
@@ -13,10 +13,10 @@ FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
 def load(name):
-  spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  """A benchmark's module; they import one another as scripts do, from their own folder."""
+  if str(FOLDER) not in sys.path:
+    sys.path.append(str(FOLDER))
+  return importlib.import_module(name)
 
 
 @pytest.mark.parametrize("own_streams", [False, True])
@@ -25,9 +25,58 @@ def test_every_variant_of_the_step_traces(own_streams):
   step = load("step")
   found = step.variants(2, own_streams)
   assert {balancer.name for balancer, _ in found} == set(balancing.METHODS)
-  args = argparse.Namespace(tasks=2, batch=8, own_streams=own_streams, trunk="cnn")
   for balancer, engine in found:
     if balancer.name in ("equal", "pivrg", "graddrop", "moco"):  # one of each kind of need
-      run, state, batch = step.build(args, balancer, engine)
+      run, state, batch = step.build(balancer, engine, num_tasks=2, batch_size=8,
+                                     own_streams=own_streams)
       _, logs = jax.eval_shape(run, state, batch)
       assert logs["weights"].shape == (2,)
+
+
+def test_medians_take_turns_and_stop_in_time():
+  timing, order = load("timing"), []
+
+  def sample(name, values):
+    values = iter(values)
+
+    def seconds():
+      order.append(name)
+      return next(values)
+    return seconds
+  samples = {"a": sample("a", [3.0, 1.0, 2.0]), "b": sample("b", [9.0, 7.0, 8.0])}
+  assert timing.medians(samples, 3) == {"a": 2.0, "b": 8.0}
+  assert order == ["a", "b"] * 3
+  assert timing.medians({"a": sample("a", [5.0, 1.0])}, 2, longest=-1.0) == {"a": 5.0}
+
+
+def test_a_sample_counts_all_its_steps():
+  def step(state, batch):
+    return state + batch, state
+  sample, logs = load("timing").sample_of(jax.jit(step), jax.numpy.int32(1), jax.numpy.int32(2),
+                                          steps=4)
+  assert int(logs) == 1 and sample() > 0
+
+
+@pytest.mark.parametrize("key, tasks, value, accelerator, verdict", [
+    ("equal/torch", 2, 1.25, False, "met"),
+    ("equal/torch", 2, 1.25, True, "missed"),
+    ("exact/equal", 2, 1.6, False, "met"),
+    ("exact/equal", 9, 6.4, False, "missed"),
+    ("features/equal", 40, 1.2, True, "missed"),
+])
+def test_targets(key, tasks, value, accelerator, verdict):
+  run, rows = load("run"), load("rows")
+  line = run.judged(rows.Figure(key, "", value, {}, tasks), accelerator)
+  assert line["verdict"] == verdict
+
+
+def test_a_missing_peer_is_said():
+  """The figure is there, without a value, and the process is never started."""
+  peers = load("peers").Peers("false", 1, pathlib.Path())
+  assert peers.add("equal", 1) == "not installed"
+  rows = load("rows")
+  figure = rows.figure_of("equal/torch", "", {"ours": 1.0}, None, "ours", {"num_tasks": 2})
+  line = load("run").judged(figure, False)
+  assert line["value"] is None and line["verdict"] == "not installed"
+  assert line["milliseconds"] == {"ours": 1000.0}
+  peers.close()

@@ -1,0 +1,293 @@
+"""The measurements behind the table of `run.py`: each gives figures, ratios of medians."""
+
+from collections.abc import Iterator, Sequence
+import functools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import loop
+import numpy as np
+from peers import NOT_INSTALLED, Peers
+import step as steps
+from timing import Sample, medians, on_accelerator, sample_of
+
+import mtl_jax
+from mtl_jax import balancing
+from mtl_jax.training.engines import ENGINES
+
+EXACT = ("pcgrad", "cagrad", "mgda", "nash_mtl", "upgrad")
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+class Figure(NamedTuple):
+  """One number of the table.
+
+  Attributes:
+    key: of its target in `run.TARGETS`.
+    what: variant and size, in words.
+    value: None where it could not be measured, and `note` says why.
+    note: medians and sizes behind the value.
+    tasks: T, which some targets depend on.
+  """
+
+  key: str
+  what: str
+  value: float | None
+  note: dict[str, Any]
+  tasks: int = 0
+
+
+class Session(NamedTuple):
+  """What all measurements are given.
+
+  Attributes:
+    peers: PyTorch's process.
+    quick: whether to measure the small sizes, with few rounds.
+  """
+
+  peers: Peers
+  quick: bool
+
+  def of(self, quick: Any, full: Any) -> Any:
+    """A size or a list, by how long the measurement may take."""
+    return quick if self.quick else full
+
+  def medians(self, samples: dict[Any, Sample]) -> dict[Any, float]:
+    """Medians in seconds."""
+    return medians(samples, self.of(2, 9), longest=self.of(4.0, 45.0))
+
+  @property
+  def per_sample(self) -> int:
+    """Steps in a sample: a single one tells nothing of a device that is asked in advance."""
+    return 20 if on_accelerator() else 1
+
+  def ours(self, name: str, engine: str = "exact", *, count: int | None = None, every: int = 1,
+           **size: Any) -> tuple[Sample, Any]:
+    """A sample of our step, and the logs of its first step."""
+    options = {"every": every} if every > 1 else {}
+    return sample_of(*steps.build(balancing.get(name, **options), engine, **size),
+                     steps=count or self.per_sample)
+
+  def theirs(self, ways: Sequence[str], samples: dict[Any, Sample], losses: Any,
+             layouts: Sequence[str] = ("channels_first",), **size: Any) -> None:
+    """Adds samples of PyTorch's steps `(way, layout)` on the same weights and batch.
+
+    Args:
+      ways: of `torch_side.py`.
+      samples: added to where a way is installed.
+      losses: [T] of our first step, which theirs have to be.
+      layouts: of `torch_side.Training`.
+      **size: arguments of `step.build`.
+
+    Raises:
+      RuntimeError: where the losses are others, so that the networks are not the same.
+    """
+    if not self.peers.start():
+      return
+    _, state, batch = steps.build(balancing.get("equal"), "exact", **size)
+    labels = jnp.stack([batch["s"][f"y{i}"] for i in range(size["num_tasks"])])
+    file = self.peers.write(state.params, batch["s"]["image"], labels)
+    for way in ways:
+      for layout in layouts:
+        added = self.peers.add(f"{way}/{layout}", self.per_sample, file=file, way=way,
+                               network=size.get("trunk", "cnn"), layout=layout,
+                               precision=size.get("precision", "float32"))
+        if added == NOT_INSTALLED:
+          continue
+        samples[way, layout], found = added
+        if not np.allclose(found, losses, rtol=2e-2 if on_accelerator() else 1e-4):
+          raise RuntimeError(f"{way}: expected our first step's losses {losses}, found {found}")
+
+
+def figure_of(key: str, what: str, found: dict[Any, float], over: Any, under: Any,
+              size: dict[str, Any]) -> Figure:
+  """The ratio of two medians; no value where one of them is missing."""
+  milliseconds = {part if isinstance(part, str) else " ".join(map(str, part)):
+                  round(1e3 * found[part], 3) for part in (over, under) if part in found}
+  note = {"milliseconds": milliseconds, **size}
+  if over not in found or under not in found:
+    return Figure(key, what, None, {**note, "why": NOT_INSTALLED}, size["num_tasks"])
+  return Figure(key, what, found[over] / found[under], note, size["num_tasks"])
+
+
+def _against_eager(session: Session, key: str, size: dict[str, Any]) -> Iterator[Figure]:
+  """Our equal-weights step against PyTorch's in the layout that is faster there."""
+  samples = {}
+  samples["ours"], logs = session.ours("equal", **size)
+  layouts = ("channels_first", "channels_last")
+  session.theirs(["equal"], samples, logs["losses"], layouts, **size)
+  found = session.medians(samples)
+  session.peers.drop()
+  best = min((part for part in found if part != "ours"), key=found.get, default=None)
+  yield figure_of(key, f"times as fast as PyTorch eager ({best[1] if best else NOT_INSTALLED})",
+                  found, best, "ours", size)
+
+
+def equal_weights(session: Session) -> Iterator[Figure]:
+  """The reference network, plain."""
+  size = {"num_tasks": 2, "batch_size": session.of(64, 256)}
+  yield from _against_eager(session, "equal/torch", size)
+
+
+def resnet18(session: Session) -> Iterator[Figure]:
+  """ResNet-18, plain; on accelerators, both sides in bfloat16."""
+  size = {"num_tasks": 3, "batch_size": session.of(4, 128), "trunk": "resnet18",
+          "precision": "bfloat16" if on_accelerator() else "float32"}
+  yield from _against_eager(session, "resnet18/torch", size)
+
+
+def exact_methods(session: Session) -> Iterator[Figure]:
+  """Methods by exact task gradients, against both peers and against equal weights."""
+  for num_tasks in (2, 9):
+    size = {"num_tasks": num_tasks, "batch_size": session.of(64 if num_tasks == 2 else 16, 256)}
+    names = session.of(("mgda", "upgrad") if num_tasks == 2 else ("mgda",), EXACT)
+    samples = {}
+    samples["equal"], logs = session.ours("equal", **size)
+    for name in names:
+      samples[name], _ = session.ours(name, **size)
+    ways = [f"{library}:{name}" for name in names for library in ("libmtl", "torchjd")]
+    session.theirs(ways, samples, logs["losses"], **size)
+    found = session.medians(samples)
+    session.peers.drop()
+    for name in names:
+      for library in ("libmtl", "torchjd"):
+        yield figure_of(f"exact/{library}", f"{name}: times as fast as {library}", found,
+                        (f"{library}:{name}", "channels_first"), name, size)
+      yield figure_of("exact/equal", f"{name}: times equal weights", found, name, "equal", size)
+
+
+def own_streams(session: Session) -> Iterator[Figure]:
+  """Two data sets through one trunk as one batch."""
+  size = {"num_tasks": 2, "batch_size": session.of(32, 128), "own_streams": True}
+  names = ("equal", *session.of(("mgda",), EXACT))
+  found = session.medians({name: session.ours(name, **size)[0] for name in names})
+  for name in names[1:]:
+    yield figure_of("own_streams/equal", f"{name}: times equal weights", found, name, "equal",
+                    size)
+
+
+def many_tasks(session: Session) -> Iterator[Figure]:
+  """Forty tasks: what each engine costs, in time and in memory."""
+  size = {"num_tasks": session.of(12, 40), "batch_size": session.of(16, 128)}
+  samples = {"equal": session.ours("equal", **size)[0]}
+  variants = [("features", name, 1) for name in session.of(("mgda",), EXACT)]
+  variants += [(engine, "mgda", 1) for engine in ("matrix_free", "sketched")]
+  variants.append(("every_10", "mgda", 10))
+  for variant in variants:
+    engine, name, every = variant
+    samples[variant], _ = session.ours(
+        name, engine if engine in ENGINES else "exact", every=every,
+        count=-(-session.per_sample // every) * every, **size)  # each decision with its keeping
+  found = session.medians(samples)
+  for variant in variants:
+    yield figure_of(f"{variant[0]}/equal", f"{variant[1]}, {variant[0]}: times equal weights",
+                    found, variant, "equal", size)
+  yield from _memory(size)
+
+
+def _memory(size: dict[str, Any]) -> Iterator[Figure]:
+  def compiled(name: str, engine: str) -> tuple[float, int]:
+    """Bytes of the step's arguments, results and temporaries; shared parameters."""
+    step, state, batch = steps.build(balancing.get(name), engine, **size)
+    found = step.lower(state, batch).compile().memory_analysis()
+    count = sum(x.size for x in jax.tree.leaves(state.params["sharing"]))
+    return (found.argument_size_in_bytes + found.output_size_in_bytes
+            + found.temp_size_in_bytes - found.alias_size_in_bytes), count
+  equal, count = compiled("equal", "exact")
+  for engine in ("features", "matrix_free", "sketched"):
+    found, _ = compiled("mgda", engine)
+    yield Figure("memory/equal", f"{engine}: peak memory over that of equal weights",
+                 found / equal, {"megabytes": {engine: found / 1e6, "equal": equal / 1e6}, **size})
+  exact, _ = compiled("mgda", "exact")
+  rows = 4 * size["num_tasks"] * count
+  yield Figure("memory/rows", "exact: what it adds, in T x P floats", (exact - equal) / rows,
+               {"megabytes": {"exact": exact / 1e6, "equal": equal / 1e6, "T x P": rows / 1e6},
+                **size})
+
+
+def real_loop(session: Session) -> Iterator[Figure]:
+  """The whole loop against the bare step."""
+  count, repeats = session.of((20, 1), (120, 3))
+  rates = loop.rates(str(REPOSITORY / "configs" / "cifar_mtl.py"), count, repeats)
+  for engine in (name for name in rates if name != "bare step"):
+    yield Figure("loop/bare", f"{engine}: images a second over those of the bare step",
+                 rates[engine] / rates["bare step"],
+                 {"images_per_second": rates})
+
+
+def seeds(session: Session) -> Iterator[Figure]:
+  """Eight seeds in one program, each with its own batch, against eight steps."""
+  count, size = 8, session.of(8, 128)
+  statics = steps.statics_of(balancing.get("equal"), num_tasks=2)
+  batch = steps.random_batch(statics["tasks"], size)
+  step = functools.partial(mtl_jax.train_step, **statics)
+  create = functools.partial(mtl_jax.create_train_state, batch=batch, **statics)
+  numbers = jnp.arange(count, dtype=jnp.uint32)
+  several = jax.tree.map(lambda x: jnp.stack([x] * count), batch)
+  found = session.medians({
+      "alone": sample_of(jax.jit(step, donate_argnums=0), jax.jit(create)(numbers[0]), batch,
+                         steps=count * session.per_sample)[0],
+      "together": sample_of(jax.jit(jax.vmap(step), donate_argnums=0),
+                            jax.jit(jax.vmap(create))(numbers), several,
+                            steps=session.per_sample)[0]})
+  yield Figure("seeds/alone", f"{count} seeds in one program: times as fast as {count} runs",
+               count * found["alone"] / found["together"],
+               {"milliseconds": {"together": 1e3 * found["together"],
+                                 "one alone": 1e3 * found["alone"]}, "batch_size": size})
+
+
+def start(session: Session) -> Iterator[Figure]:
+  """From the command to the first record, without and with compiled programs on disk."""
+  del session
+  with tempfile.TemporaryDirectory() as folder:
+    for what in ("cold", "warm"):
+      seconds = _seconds_to_first_record(pathlib.Path(folder), what)
+      yield Figure(f"start/{what}", f"seconds to the first training record, {what}", seconds, {})
+
+
+def _seconds_to_first_record(folder: pathlib.Path, run: str) -> float:
+  """Launches a run and stops it at its first training record.
+
+  Event files are written at once, unlike `metrics.jsonl`. Compiled programs stay in the folder.
+  """
+  environment = {**os.environ, "XDG_CACHE_HOME": str(folder),
+                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  command = [sys.executable, "launch.py", "--config=configs/cifar_mtl.py",
+             f"--workdir={folder / run}", f"--config.data.dir={folder}",
+             "--config.data.download=False", "--config.data.missing=sample",
+             "--config.train.log_every_steps=1", "--config.train.steps_per_call=1"]
+  begin = time.perf_counter()
+  process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+  try:
+    while not any(b"train/" in path.read_bytes()
+                  for path in (folder / run).glob("events.out.tfevents.*")):
+      if process.poll() is not None:
+        raise RuntimeError(f"launch.py: expected a run, found {process.stderr.read()}")
+      time.sleep(0.02)
+    return time.perf_counter() - begin
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+MEASUREMENTS = {
+    "equal": equal_weights,
+    "exact": exact_methods,
+    "own_streams": own_streams,
+    "many_tasks": many_tasks,
+    "loop": real_loop,
+    "seeds": seeds,
+    "start": start,
+    "resnet18": resnet18,
+}

@@ -1,0 +1,96 @@
+"""What the benchmarks share: alternating rounds, medians, and one JSON line a figure."""
+
+from collections.abc import Callable, Mapping
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from typing import Any
+
+import jax
+
+Sample = Callable[[], float]  # measures once, and returns seconds a step
+
+
+def on_accelerator() -> bool:
+  """Whether jax computes elsewhere than on the host's own cores."""
+  return jax.default_backend() != "cpu"
+
+
+def threads() -> int:
+  """The cores that this process may use, as many as XLA has threads on a CPU."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def emit(benchmark: str, **fields: Any) -> None:
+  """Prints one JSON line that says what it was measured on."""
+  print(json.dumps({"benchmark": benchmark, **fields, "device": jax.devices()[0].device_kind,
+                    "devices": jax.device_count(), "jax": jax.__version__}), flush=True)
+
+
+def machine() -> dict[str, Any]:
+  """What a file of results has to say about the machine, the versions and the date."""
+  info = pathlib.Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return {
+      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "processor": names[0] if names else platform.processor() or platform.machine(),
+      "threads": threads(),
+      "load": round(os.getloadavg()[1], 2),  # of five minutes, ours among it
+      "device": jax.devices()[0].device_kind,
+      "devices": jax.device_count(),
+      "system": platform.platform(),
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+  }
+
+
+def sample_of(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, *,
+              steps: int = 1) -> tuple[Sample, Any]:
+  """A sample of a compiled step that goes on training, once that is warm.
+
+  Args:
+    step: `step(state, batch) -> (state, logs)`; may donate the state.
+    state: the first one.
+    batch: the same at every step.
+    steps: in a sample; the device is waited for at its end.
+
+  Returns:
+    The sample, and the logs of the first step.
+  """
+  state, logs = jax.block_until_ready(step(state, batch))
+
+  def seconds() -> float:
+    nonlocal state  # which may have been donated
+    start = time.perf_counter()
+    for _ in range(steps):
+      state, logs = step(state, batch)
+    jax.block_until_ready((state, logs))
+    return (time.perf_counter() - start) / steps
+  return seconds, logs
+
+
+def medians(samples: Mapping[Any, Sample], rounds: int,
+            longest: float = float("inf")) -> dict[Any, float]:
+  """Medians of samples by name, in seconds.
+
+  Rounds go through all in turn, so that a noisy machine disturbs them alike.
+
+  Args:
+    samples: by name.
+    rounds: how many, one at least.
+    longest: seconds after which no further round begins.
+  """
+  times = {name: [] for name in samples}
+  end = time.perf_counter() + longest
+  for done in range(rounds):
+    if done and time.perf_counter() > end:
+      break
+    for name, sample in samples.items():
+      times[name].append(sample())
+  return {name: statistics.median(values) for name, values in times.items()}
