@@ -8,6 +8,8 @@ import jax
 import pytest
 
 from mtl_jax import balancing
+from mtl_jax.experiment import build, fields
+from tests.experiment.conftest import tiny_config, tiny_source
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -31,3 +33,10 @@ def test_every_variant_of_the_step_traces(own_streams):
       run, state, batch = step.build(args, balancer, engine)
       _, logs = jax.eval_shape(run, state, batch)
       assert logs["weights"].shape == (2,)
+
+
+def test_the_bare_step_beside_the_loop_trains_on_a_batch_of_the_experiment():
+  config = tiny_config()
+  given = {stream: tiny_source(stream) for stream in config.data.streams}
+  experiment = build.build(fields.complete(config), given)
+  assert load("loop").bare_rate(experiment, steps=1) > 0
