@@ -8,6 +8,8 @@ import jax
 import pytest
 
 from mtl_jax import balancing
+from mtl_jax.experiment import build, fields
+from tests.experiment.conftest import tiny_config, tiny_source
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -80,3 +82,10 @@ def test_a_missing_peer_is_said():
   assert line["value"] is None and line["verdict"] == "not installed"
   assert line["milliseconds"] == {"ours": 1000.0}
   peers.close()
+
+
+def test_the_bare_step_beside_the_loop_trains_on_a_batch_of_the_experiment():
+  config = tiny_config()
+  given = {stream: tiny_source(stream) for stream in config.data.streams}
+  experiment = build.build(fields.complete(config), given)
+  assert load("loop").bare_rate(experiment, steps=1) > 0

@@ -83,6 +83,8 @@ MISTAKES = [
     ([CONFIG, "--config.train.steps=0"], "config.train.steps: expected a size of at least 1"),
     ([CONFIG, "--config.train.steps=5", "--config.train.epochs=1"],
      "expected exactly one of steps, epochs, examples; found steps and epochs"),
+    ([CONFIG, "--config.train.precision=bfloat"],
+     "config.train.precision: expected one of float32, bfloat16; did you mean bfloat16?"),
     ([CONFIG, "--config.train.gradients=magic"], "expected one of ['exact', 'features']"),
     ([CONFIG, "--config.train.gradients=features", "--config.balancer.name=graddrop"],
      "graddrop returns a direction"),

@@ -58,6 +58,8 @@ DEATHS = [("step", 4), ("evaluation", 1), ("save", 1), ("after save", 1), ("step
 @pytest.mark.parametrize("fields", [
     pytest.param({"balancer.name": "uncertainty", "data.engine": "resident"},
                  id="resident-uncertainty", marks=pytest.mark.slow),
+    pytest.param({"balancer.name": "mgda", "train.precision": "bfloat16"}, id="bfloat16-mgda",
+                 marks=pytest.mark.slow),
     pytest.param({"balancer.name": "graddrop", "data.engine": "grain"}, id="grain-graddrop"),
     pytest.param({"sharing": {"name": "adashare"}, "trunk": {"name": "mlp", "widths": (8, 8)}},
                  id="adashare", marks=pytest.mark.slow),
