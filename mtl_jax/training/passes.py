@@ -111,7 +111,7 @@ def _linearized(function: Callable[..., tuple[Any, Any]], *primals: Any) -> tupl
   try:
     return jax.linearize(function, *primals, has_aux=True)
   except TypeError as error:
-    if "forward-mode" not in str(error):
+    if "custom_vjp" not in str(error):
       raise
     raise ValueError("gradients: expected a trunk that can be differentiated forwards, found one "
                      "with a jax.custom_vjp; use 'exact' or 'features', or jax.custom_jvp"
