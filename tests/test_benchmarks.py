@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mtl_jax import balancing
@@ -31,3 +32,14 @@ def test_every_variant_of_the_step_traces(own_streams):
       run, state, batch = step.build(args, balancer, engine)
       _, logs = jax.eval_shape(run, state, batch)
       assert logs["weights"].shape == (2,)
+
+
+def test_engines_look_on_at_the_same_gradients():
+  """Every setting that serves a method traces, without drawing the sample."""
+  benchmark = load("engines")
+  data = benchmark.Problem(jnp.zeros((8, 256)), jnp.zeros((8, 3), jnp.int32))
+  balancer = balancing.cagrad()
+  engines = [benchmark.exact(), *(engine for *_, engine in benchmark.SETTINGS)]
+  step, carry = benchmark.step_of(balancer, engines, data, batch_size=4)
+  _, found = jax.eval_shape(step, carry, jnp.zeros((), jnp.int32))
+  assert [one["weights"].shape for one in found] == [(3,)] * len(engines)
