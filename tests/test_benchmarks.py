@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mtl_jax import balancing
@@ -89,3 +90,14 @@ def test_the_bare_step_beside_the_loop_trains_on_a_batch_of_the_experiment():
   given = {stream: tiny_source(stream) for stream in config.data.streams}
   experiment = build.build(fields.complete(config), given)
   assert load("loop").bare_rate(experiment, steps=1) > 0
+
+
+def test_engines_look_on_at_the_same_gradients():
+  """Every setting that serves a method traces, without drawing the sample."""
+  benchmark = load("engines")
+  data = benchmark.Problem(jnp.zeros((8, 256)), jnp.zeros((8, 3), jnp.int32))
+  balancer = balancing.cagrad()
+  engines = [benchmark.exact(), *(engine for *_, engine in benchmark.SETTINGS)]
+  step, carry = benchmark.step_of(balancer, engines, data, batch_size=4)
+  _, found = jax.eval_shape(step, carry, jnp.zeros((), jnp.int32))
+  assert [one["weights"].shape for one in found] == [(3,)] * len(engines)

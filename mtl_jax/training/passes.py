@@ -89,7 +89,8 @@ class PassOf(NamedTuple):
 
     push = None
     if self.forwards:
-      features, push, (middle_state, penalties) = _linearized(features_of, shared, owned)
+      features, push, (middle_state, penalties) = jax.linearize(
+          features_of, shared, owned, has_aux=True)
       pull = jax.linear_transpose(push, shared, owned)
     else:
       features, pull, (middle_state, penalties) = jax.vjp(features_of, shared, owned, has_aux=True)
@@ -150,22 +151,6 @@ class PassOf(NamedTuple):
 
   def _held(self, flat: Flat) -> Any:
     return unflatten_dict(hold(flat, self.frozen))
-
-
-def _linearized(function: Callable[..., tuple[Any, Any]], *primals: Any) -> tuple[Any, Any, Any]:
-  """Value, derivative and the rest, as `jax.linearize` gives them.
-
-  Raises:
-    ValueError: where the function cannot be differentiated forwards.
-  """
-  try:
-    return jax.linearize(function, *primals, has_aux=True)
-  except TypeError as error:
-    if "forward-mode" not in str(error):
-      raise
-    raise ValueError("gradients: expected a trunk that can be differentiated forwards, found one "
-                     "with a jax.custom_vjp; use 'exact' or 'features', or jax.custom_jvp"
-                     ) from error
 
 
 def cut(batch: Mapping[str, Mapping[str, jax.Array]], parts: int) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mtl_jax.data import boxes, image_files, streams
+from mtl_jax.data import boxes, streams
 from mtl_jax.data.coco import coco
 from mtl_jax.data.source import Label
 from mtl_jax.errors import UserError

@@ -50,9 +50,13 @@ def exact_logs(streams=STREAMS[0], balancer=balancing.mgda(), sharing="hard"):
   return step(state, batch)[1]
 
 
-@pytest.mark.parametrize("sharing", ["hard", "film"])
-@pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("engine", ["matrix_free", "exact"])
+@pytest.mark.parametrize("engine, streams, sharing", [
+    ("matrix_free", STREAMS[0], "hard"),
+    *(pytest.param(engine, streams, sharing, marks=pytest.mark.slow)
+      for engine, streams, sharing in [("matrix_free", STREAMS[1], "hard"),
+                                       ("matrix_free", STREAMS[0], "film"),
+                                       ("matrix_free", STREAMS[1], "film"),
+                                       ("exact", STREAMS[1], "hard")])])
 def test_products_are_those_of_the_exact_gramian(engine, streams, sharing):
   state, batch, step = start(streams, PROBE, engine, sharing, TRUNKS[sharing])
   gramian = exact_logs(streams, sharing=sharing)["gramian"]
@@ -60,10 +64,10 @@ def test_products_are_those_of_the_exact_gramian(engine, streams, sharing):
   np.testing.assert_allclose(new.balancer_state, PROBES @ gramian, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("balancer", [
-    balancing.mgda(), balancing.mgda("loss"), balancing.cagrad(), balancing.cagrad(c=2.0, rescale=2),
-    balancing.get("mgda", log_losses=True, max_norm=0.05),
-], ids=["mgda", "mgda-loss", "cagrad", "cagrad-2", "mgda-wrapped"])
+@pytest.mark.parametrize("balancer", [balancing.mgda(), *(
+    pytest.param(balancer, marks=pytest.mark.slow) for balancer in (
+        balancing.mgda("loss"), balancing.cagrad(), balancing.cagrad(c=2.0, rescale=2),
+        balancing.get("mgda", log_losses=True, max_norm=0.05)))])
 def test_many_products_lead_to_the_exact_weights(balancer):
   state, batch, step = start(balancer=balancer, gradients=engines.matrix_free(products=12))
   expected = exact_logs(balancer=balancer)
@@ -73,6 +77,7 @@ def test_many_products_lead_to_the_exact_weights(balancer):
   np.testing.assert_allclose(again["weights"], expected["weights"], atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", STREAMS)
 def test_modo_loses_nothing_on_products(streams):
   """One product between two parts of the batch is all that its rule reads."""
@@ -107,6 +112,7 @@ def test_a_sketch_is_unbiased_and_as_wide_as_it_says():
   np.testing.assert_array_equal(found[0], step(state, batch)[1]["gramian"])
 
 
+@pytest.mark.slow
 def test_the_average_over_steps_comes_near_the_exact_gramian():
   """Of 300 steps with the same parameters; its weights, too."""
   balancer = balancing.mgda()
@@ -122,8 +128,8 @@ def test_the_average_over_steps_comes_near_the_exact_gramian():
   assert np.isnan(errors[:-1]).all() and errors[-1] < bound < 0.5
   assert float(logs["weights_error"][-1]) < 0.2
   np.testing.assert_allclose(logs["gramian"][-1], exact, rtol=1e-4, atol=1e-6)  # diagnosed
-  total, seen = state.balancer_state.total, state.balancer_state.seen
-  np.testing.assert_allclose(np.linalg.norm(total / seen - exact) / np.linalg.norm(exact),
+  average = np.asarray(state.balancer_state.total) / np.asarray(state.balancer_state.seen)
+  np.testing.assert_allclose(np.linalg.norm(average - exact) / np.linalg.norm(exact),
                              errors[-1], rtol=1e-3)
 
 
@@ -153,6 +159,7 @@ def test_a_task_without_labels_leaves_the_balance(engine):
     assert (np.linalg.eigvalsh(after.total) > -1e-7).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["matrix_free", "sketched"])
 def test_in_between_amortised_steps_nothing_is_looked_at(engine):
   balancer = balancing.get("mgda", every=2)
@@ -166,6 +173,7 @@ def test_in_between_amortised_steps_nothing_is_looked_at(engine):
                parts(second.balancer_state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["matrix_free", "sketched"])
 def test_nothing_shared_is_balanced_equally(engine):
   state, batch, step = start(("s", "r"), balancing.mgda(), engine, sharing="independent")
@@ -174,6 +182,7 @@ def test_nothing_shared_is_balanced_equally(engine):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(new))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["matrix_free", "sketched"])
 def test_diagnosed_steps_tell_the_error(engine):
   balancer = balancing.cagrad()
@@ -186,6 +195,7 @@ def test_diagnosed_steps_tell_the_error(engine):
   assert ("gramian_error" in logs) == (engine == "sketched")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["matrix_free", "sketched"])
 def test_eight_devices_are_one(engine):
   fresh, batch, step = start(("s", "r"), balancing.cagrad(), engine)
@@ -249,7 +259,7 @@ class Backwards(Trunk):
     return _doubled(nn.Dense(4)(images.reshape(images.shape[0], -1)))
 
 
-def test_a_trunk_without_a_forward_derivative_is_named():
+def test_a_trunk_without_a_forward_derivative_is_refused():
   state, batch, step = start(balancer=balancing.mgda(), gradients="matrix_free", trunk=Backwards())
-  with pytest.raises(ValueError, match="differentiated forwards, found one with a jax.custom_vjp"):
+  with pytest.raises(TypeError, match="forward-mode autodiff .* to a custom_vjp function"):
     step(state, batch)

@@ -8,8 +8,9 @@ can serve:
   matrix_free  products of the Gramian with weights, for methods that search for theirs.
   sketched     an estimate of the Gramian from random directions, averaged over steps.
 
-The last two pass the trunk forwards along directions of the shared parameters, and no more of it
-than that a step, whatever T.
+The last two pass the trunk forwards along directions of the shared parameters, a fixed number of
+times whatever T. Heads and losses need no forward derivative; a trunk does, so that one with a
+`jax.custom_vjp` is refused by jax, while `jax.custom_jvp` will do.
 """
 
 from collections.abc import Callable, Mapping

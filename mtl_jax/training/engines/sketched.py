@@ -33,8 +33,12 @@ def sketched(directions: int = 1, decay: float = 0.99) -> Engine:
   estimate deviates by at most `√((G_ii G_jj + G_ij²) / n)` from `n` directions. They are gathered
   over steps by an exponential moving average, which makes `n` about `directions · (1 + decay) /
   (1 - decay)`, and the Gramian one of the last `1 / (1 - decay)` steps. The average starts at the
-  first step without bias, and its Gramian is always positive semidefinite, of rank `n` at most: at
-  the start methods see fewer dimensions than there are tasks.
+  first step without bias, and its Gramian is always positive semidefinite, of rank one a direction:
+  at the start methods see fewer dimensions than there are tasks.
+
+  What is estimated is the Gramian of a typical step. Where that of one step is mostly the noise of
+  its batch, a method's weights are steadier here and not those that it gives to the step's own
+  Gramian; `benchmarks/engines.py` measures both.
 
   Args:
     directions: random directions a step.
