@@ -214,15 +214,14 @@ def _canonical(x: jax.Array, kernel: jax.Array, strides: Sequence[int],
 
 def _primitive(name: str, of: Callable[..., jax.Array],
                shape: Callable[[Any, Any, _Window], tuple[int, ...]],
-               joins: tuple[tuple[int, int], tuple[int, int]]) -> Primitive:
+               by_example: bool) -> Primitive:
   """A bilinear primitive that computes `of(a, b, window=window)`.
 
   Args:
     name: in programs.
     of: the function.
     shape: of the result, from the shapes of a and b.
-    joins: for a and for b the axis that only it shares with the result, there and in the result.
-      A mapped axis of one of them alone is joined to that.
+    by_example: whether the result has an entry for each of `a`.
   """
   primitive = Primitive(name)
   primitive.def_impl(jax.jit(of, static_argnames="window"))
@@ -230,33 +229,31 @@ def _primitive(name: str, of: Callable[..., jax.Array],
       lambda a, b, *, window: jax.core.ShapedArray(shape(a.shape, b.shape, window), a.dtype))
   mlir.register_lowering(primitive, mlir.lower_fun(of, multiple_results=False))
 
-  def batched(args, axes, *, window):
-    if None not in axes:
-      pair = tuple(jnp.moveaxis(arg, axis, 0) for arg, axis in zip(args, axes))
-      return lax.map(lambda pair: primitive.bind(*pair, window=window), pair), 0
-    mapped = 0 if axes[1] is None else 1
-    at, result_at = joins[mapped]
-    # The mapped axis is the minor one, so that a batch split over devices stays so.
-    x = jnp.moveaxis(args[mapped], axes[mapped], at + 1)
-    size = x.shape[at + 1]
-    args = list(args)
-    args[mapped] = x.reshape(*x.shape[:at], -1, *x.shape[at + 2:])
-    result = primitive.bind(*args, window=window)
-    shape = result.shape
-    return result.reshape(*shape[:result_at], -1, size, *shape[result_at + 1:]), result_at + 1
+  def batched(args: Sequence[jax.Array], axes: Sequence[int | None], *,
+              window: _Window) -> tuple[jax.Array, int]:
+    a, b = (x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes))
+    if axes[1] is not None and axes[0] is not None:
+      return lax.map(lambda pair: primitive.bind(*pair, window=window), (a, b)), 0
+    if axes[0] is None:
+      return lax.map(lambda b: primitive.bind(a, b, window=window), b), 0
+    if by_example and isinstance(a.shape[1], int) and a.shape[1] < _EXAMPLES:
+      result = primitive.bind(a.reshape(-1, *a.shape[2:]), b, window=window)
+      return result.reshape(*a.shape[:2], *result.shape[1:]), 0
+    # A large batch in one piece leaves the cache, and one split over devices would have to move.
+    return lax.map(lambda a: primitive.bind(a, b, window=window), a), 0
 
   batching.primitive_batchers[primitive] = batched
   return primitive
 
 
 _forward_p = _primitive(
-    "conv", _forward, lambda x, kernel, window: (x[0], *window.out, kernel[3]), ((0, 0), (3, 3)))
+    "conv", _forward, lambda x, kernel, window: (x[0], *window.out, kernel[3]), by_example=True)
 _input_gradient_p = _primitive(
     "conv_input_gradient", _input_gradient,
-    lambda ct, kernel, window: (ct[0], *window.image, kernel[2]), ((0, 0), (2, 3)))
+    lambda ct, kernel, window: (ct[0], *window.image, kernel[2]), by_example=True)
 _kernel_gradient_p = _primitive(
     "conv_kernel_gradient", _kernel_gradient,
-    lambda x, ct, window: (*window.kernel, x[3], ct[3]), ((3, 2), (3, 3)))
+    lambda x, ct, window: (*window.kernel, x[3], ct[3]), by_example=False)
 
 ad.defbilinear(_forward_p,
                lambda ct, x, kernel, **how: _input_gradient_p.bind(ct, kernel, **how),

@@ -28,6 +28,7 @@ CASES = {
     "2x2 not to the edge": ((2, 7, 8, 3), (2, 2, 3, 4), (3, 3), "VALID"),
     "4x4 patches": ((2, 8, 8, 3), (4, 4, 3, 5), (4, 4), "VALID"),
     "1x1": ((3, 4, 5, 6), (1, 1, 6, 3), (1, 1), "SAME"),
+    "1x1 larger batch": ((9, 2, 2, 4), (1, 1, 4, 3), (1, 1), "SAME"),
     "1x1 stride 2": ((3, 5, 6, 4), (1, 1, 4, 3), (2, 2), ((0, 0), (0, 0))),
     "1x1 padded": ((2, 3, 4, 4), (1, 1, 4, 3), (1, 1), ((1, 1), (0, 1))),
     "more padding than kernel": ((2, 3, 4, 4), (2, 2, 4, 3), (1, 1), ((3, 2), (2, 3))),
@@ -108,7 +109,7 @@ def test_mapped_over_images_kernels_or_both(case, axes):
   close(all_of(ours), all_of(theirs), 1e-4)
 
 
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case", (*SOME, "1x1 larger batch"))
 def test_mapped_over_cotangents(case):
   ours, theirs, operands = pair(case)
   out, _ = jax.vjp(theirs, *operands)
