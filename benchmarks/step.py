@@ -5,7 +5,8 @@
 
 Prints one JSON line a variant: the median over rounds, and its ratio to equal weights in the same
 run; and the peak of the memory that the compiled step works in, besides its arguments and results,
-with its ratio to that of equal weights. Rounds go through all variants in turn, so that a noisy machine disturbs them alike.
+with its ratio to that of equal weights. Rounds go through all variants in turn, so that a noisy
+machine disturbs them alike.
 """
 
 import argparse
