@@ -73,7 +73,8 @@ def create_train_state(seed: jax.typing.ArrayLike, batch: Mapping[str, Mapping[s
   keys = {"params": purpose_key(seed, "init"), "dropout": purpose_key(seed, "init_dropout")}
   variables = dict(model.init(keys, batch))
   params = variables.pop("params")
-  balancer_state = init_state(engines.get(gradients).adapt(balancer), len(tasks), _stacked(params, model, len(tasks)))
+  balancer_state = init_state(engines.get(gradients).adapt(balancer), len(tasks),
+                              _stacked(params, model, len(tasks)))
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
