@@ -135,13 +135,16 @@ def main(argv: list[str]) -> None:
   if unknown := sorted(set(names) - set(MEASUREMENTS)):
     parser.error(f"--only: expected some of {', '.join(MEASUREMENTS)}, found {unknown[0]!r}")
 
-  lines = []
+  facts, lines = machine(), []
+  if facts["load"] > facts["threads"] / 2:
+    print(f"warning: the machine is busy (load {facts['load']}); the peers' threads suffer more "
+          "from it than ours, so that no figure beside them counts", file=sys.stderr)
   with tempfile.TemporaryDirectory() as folder, contextlib.closing(
       Peers(args.peers, threads(), pathlib.Path(folder))) as peers:
     for figure in figures(names, Session(peers, args.quick)):
       lines.append({**judged(figure, on_accelerator()), "quick": args.quick})
       emit("run", **lines[-1])
-    results = {**machine(), "peers": peers.versions, "quick": args.quick, "only": names,
+    results = {**facts, "peers": peers.versions, "quick": args.quick, "only": names,
                "figures": lines}
   if args.out:
     pathlib.Path(args.out).write_text(json.dumps(results, indent=2) + "\n")

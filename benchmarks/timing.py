@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
       "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
       "processor": names[0] if names else platform.processor() or platform.machine(),
       "threads": threads(),
-      "load": round(os.getloadavg()[1], 2),  # of five minutes, ours among it
+      "load": round(os.getloadavg()[0], 2),
       "device": jax.devices()[0].device_kind,
       "devices": jax.device_count(),
       "system": platform.platform(),
