@@ -2,13 +2,13 @@
 
 On accelerators these are XLA's own. On CPUs XLA has three weak points. A convolution is fast there
 only in canonical form, `NHWC, HWIO -> NHWC` with no kernel reversed; XLA brings gradients into it
-in a program's outermost computation only, so that those in a loop or a branch are many times slower.
+in a program's outermost computation only, so that in a loop or a branch they are many times slower.
 The gradient of a kernel has the whole batch as the channels of one convolution, which leaves the
 cache. And the gradient of max-pooling is a scatter.
 
 A convolution, the gradient of its input and that of its kernel are derivatives of one trilinear
-form <convolution(x, kernel), cotangent>. Here each is a primitive, canonical from the start, and all
-transposes and derivatives of the three are among the three.
+form <convolution(x, kernel), cotangent>. Here each is a primitive, canonical from the start, and
+all transposes and derivatives of the three are among the three.
 """
 
 from collections.abc import Callable, Sequence
