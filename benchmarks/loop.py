@@ -26,9 +26,11 @@ from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, s
 from mtl_jax.training.step import train_step
 
 
-def experiment_of(file: str, steps: int, engine: str, data_dir: str) -> build.Experiment:
+def experiment_of(file: str, steps: int, engine: str, data_dir: str,
+                  seed: int = 0) -> build.Experiment:
   """What a config file describes, so many steps of it, on the bundled sample."""
-  overrides = [f"--config.train.steps={steps}", "--config.train.log_every_steps=10",
+  overrides = [f"--config.seed={seed}", f"--config.train.steps={steps}",
+               "--config.train.log_every_steps=10",
                f"--config.data.engine={engine}", "--config.data.download=False",
                "--config.data.missing=sample", f"--config.data.dir={data_dir}"]
   return build.build(fields.complete(config.load(file, overrides)))

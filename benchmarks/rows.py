@@ -1,7 +1,7 @@
 """The measurements behind the table of `run.py`: each gives figures, ratios of medians."""
 
 from collections.abc import Iterator, Sequence
-import functools
+import contextlib
 import os
 import pathlib
 import signal
@@ -19,9 +19,10 @@ from peers import NOT_INSTALLED, Peers
 import step as steps
 from timing import Sample, medians, on_accelerator, sample_of
 
-import mtl_jax
 from mtl_jax import balancing
+from mtl_jax.experiment.stepper import stepper
 from mtl_jax.training.engines import ENGINES
+from mtl_jax.training.sharding import create_sharded, data_mesh
 
 EXACT = ("pcgrad", "cagrad", "mgda", "nash_mtl", "upgrad")
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -224,24 +225,23 @@ def real_loop(session: Session) -> Iterator[Figure]:
 
 
 def seeds(session: Session) -> Iterator[Figure]:
-  """Eight seeds in one program, each with its own batch, against eight steps."""
-  count, size = 8, session.of(8, 128)
-  statics = steps.statics_of(balancing.get("equal"), num_tasks=2)
-  batch = steps.random_batch(statics["tasks"], size)
-  step = functools.partial(mtl_jax.train_step, **statics)
-  create = functools.partial(mtl_jax.create_train_state, batch=batch, **statics)
-  numbers = jnp.arange(count, dtype=jnp.uint32)
-  several = jax.tree.map(lambda x: jnp.stack([x] * count), batch)
-  found = session.medians({
-      "alone": sample_of(jax.jit(step, donate_argnums=0), jax.jit(create)(numbers[0]), batch,
-                         steps=count * session.per_sample)[0],
-      "together": sample_of(jax.jit(jax.vmap(step), donate_argnums=0),
-                            jax.jit(jax.vmap(create))(numbers), several,
-                            steps=session.per_sample)[0]})
+  """Seeds in one program against a program for each, steps alone, data drawn and augmented."""
+  count, file = session.of(2, 8), str(REPOSITORY / "configs" / "cifar_mtl.py")
+  with tempfile.TemporaryDirectory() as data_dir, contextlib.ExitStack() as stack:
+    experiments = [loop.experiment_of(file, 100, "resident", data_dir, seed)
+                   for seed in range(count)]
+
+    def sample(several: Sequence[Any]) -> Sample:
+      steps, mesh = stepper(several, data_mesh(), 0, stack), data_mesh()
+      states = [create_sharded(lambda one=one: one.create_state(one.config.seed), mesh)
+                for one in several]
+      return sample_of(lambda states, _: steps(states, 1), states, None,
+                       steps=session.per_sample)[0]
+    found = session.medians({"together": sample(experiments), "alone": sample(experiments[:1])})
   yield Figure("seeds/alone", f"{count} seeds in one program: times as fast as {count} runs",
                count * found["alone"] / found["together"],
                {"milliseconds": {"together": 1e3 * found["together"],
-                                 "one alone": 1e3 * found["alone"]}, "batch_size": size})
+                                 "one alone": 1e3 * found["alone"]}})
 
 
 def start(session: Session) -> Iterator[Figure]:
