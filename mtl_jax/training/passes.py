@@ -26,8 +26,8 @@ class Pass(NamedTuple):
     model_state: the model's other variables after the pass.
     feature_grads: gradient of each task's loss with respect to its features, by task; None for a
       task that takes no part.
-    pull_shared: from cotangents of all tasks' features to the gradients of shared parameters, as
-      the model nests them.
+    pull_shared: from cotangents of some tasks' features, those of the others being zero, to the
+      gradients of shared parameters, as the model nests them.
     push_shared: from tangents of shared parameters, nested so, to those of all tasks' features;
       None where it was not asked for.
     own_grads: gradient of each owned parameter, of the loss of the task that owns it.
@@ -57,6 +57,8 @@ class PassOf(NamedTuple):
     only: names of the tasks that take part; all where it is None.
     precision: in which the model computes.
     forwards: whether the features are also differentiated forwards.
+    alone: whether tasks are pulled back one by one, so that each should pass nothing that others
+      alone need. A model that keeps no statistics of its batch then passes each stream on its own.
   """
 
   model: MultiTaskModel
@@ -67,6 +69,7 @@ class PassOf(NamedTuple):
   only: Sequence[str] | None = None
   precision: str = "float32"
   forwards: bool = False
+  alone: bool = False
 
   def forward(self, params: Any, model_state: Any, batch: Any) -> Pass:
     """One pass in training mode, its gradients taken up to the features."""
@@ -77,7 +80,7 @@ class PassOf(NamedTuple):
     run = functools.partial(apply, model, precision=self.precision, train=True, rngs=self.rngs)
 
     def features_of(shared: Flat, owned: Flat) -> tuple[dict[str, Any], Any]:
-      features, *rest = self._features(self._held({**shared, **owned}), model_state, batch)
+      features, *rest = self._by_stream(self._held({**shared, **owned}), model_state, batch)
       return {task.name: features[task.name] for task in tasks}, rest
 
     def losses_of(owned: Flat, features: dict[str, Any]) -> tuple[jax.Array, Any]:
@@ -88,7 +91,7 @@ class PassOf(NamedTuple):
       return losses, (active, metrics, new_state)
 
     push = None
-    if self.forwards:
+    if self.forwards or self.alone:
       features, push, (middle_state, penalties) = jax.linearize(
           features_of, shared, owned, has_aux=True)
       pull = jax.linear_transpose(push, shared, owned)
@@ -103,7 +106,11 @@ class PassOf(NamedTuple):
 
     def pull_shared(cotangents: Mapping[str, Any]) -> Any:
       taken = {task: x for task, x in cotangents.items() if x is not None}
-      return unflatten_dict(pull(taken)[0])
+      if push and len(taken) < len(features):  # the way back from these tasks alone
+        some = lambda shared, owned: {task: push(shared, owned)[task] for task in taken}
+        return unflatten_dict(jax.linear_transpose(some, shared, owned)(taken)[0])
+      zeros = {task: jax.tree.map(jnp.zeros_like, x) for task, x in features.items()}
+      return unflatten_dict(pull({**zeros, **taken})[0])
     still = jax.tree.map(jnp.zeros_like, owned)
     push_shared = push and (lambda tangents: push(flatten_dict(tangents), still))
     return Pass(losses, active, metrics, new_state, feature_grads, pull_shared, push_shared,
@@ -137,6 +144,21 @@ class PassOf(NamedTuple):
     the pass is needed for it XLA drops the rest, and shares with `forward` what is the same.
     """
     return self._features(params, model_state, batch)[2]
+
+  def _by_stream(self, params: Any, model_state: Any,
+                 batch: Any) -> tuple[dict[str, Any], Any, dict[str, jax.Array]]:
+    """What `_features` gives, by a pass for each stream where that is wanted and the same."""
+    streams = dict.fromkeys(task.stream for task in self.taking_part)
+    if not self.alone or model_state or len(streams) < 2:
+      return self._features(params, model_state, batch)
+    found, penalties = {}, {}
+    for number, stream in enumerate(streams):
+      one = self._replace(
+          only=[task.name for task in self.taking_part if task.stream == stream],
+          rngs={name: jax.random.fold_in(key, number) for name, key in self.rngs.items()})
+      features, _, sown = one._features(params, model_state, batch)
+      found, penalties = found | features, penalties | sown
+    return found, model_state, penalties
 
   def _features(self, params: Any, model_state: Any,
                 batch: Any) -> tuple[dict[str, Any], Any, dict[str, jax.Array]]:

@@ -19,7 +19,7 @@ from mtl_jax.training.parameter_groups import hold, kept
 from mtl_jax.training.passes import Flat, Pass, PassOf, cut
 from mtl_jax.training.precision import apply
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.task_gradients import balance, diagnose
+from mtl_jax.training.task_gradients import BY_ROWS, balance, diagnose
 
 Batch = Mapping[str, Mapping[str, jax.Array]]
 
@@ -71,17 +71,17 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
     ValueError: where a stream has fewer examples than the balancer asks for parts, a penalty has
       the name of one of the sharing architecture, or the precision is unknown.
   """
-  rngs = {"dropout": purpose_key(state.seed, "dropout", state.step)}
   engine = engines.get(gradients)
   balancer = engines.adapted(engine, balancer, state.balancer_state, len(tasks))
-  task_weights = state.task_weights if factors is None else state.task_weights * factors
-  of = functools.partial(PassOf, model, tasks, task_weights, frozen=frozen, only=only,
-                         precision=precision, forwards=engine.forwards)
-  parts, passes, model_state = cut(batch, balancer.parts), [], state.model_state
-  for number, part in enumerate(parts):
-    keys = rngs if number == 0 else {k: jax.random.fold_in(v, number) for k, v in rngs.items()}
-    passes.append(of(keys).forward(state.params, model_state, part))
-    model_state = passes[-1].model_state
+  several = len({task.stream for task in tasks}) > 1
+  pass_of = PassOf(
+      model, tasks, state.task_weights if factors is None else state.task_weights * factors,
+      {"dropout": purpose_key(state.seed, "dropout", state.step)}, frozen=frozen, only=only,
+      precision=precision, forwards=engine.forwards,
+      alone=engine.rows_of_parameters and bool(balancer.needs & BY_ROWS)
+      and (several or not model.sharing.one_representation))
+  parts = cut(batch, balancer.parts)
+  passes = _passes(pass_of, state, parts)
   losses, active = passes[0].losses, jnp.stack([one.active for one in passes]).all(axis=0)
 
   backward = engines.Backward(
@@ -89,35 +89,27 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
       [one.push_shared for one in passes],
       lambda plan, weights: look_ahead(
           plan, weights, state.params,
-          lambda params, i: of(rngs).losses(params, state.model_state, parts[i])),
+          lambda params, i: pass_of.losses(params, state.model_state, parts[i])),
       shares_parameters=len(passes[0].own_grads) < len(flatten_dict(state.params)),
-      one_stream=len({task.stream for task in tasks}) == 1,
-      one_representation=model.sharing.one_representation)
+      one_stream=not several, one_representation=model.sharing.one_representation)
   shared_grads, signals, decision, balancer_state = balance(
       balancer, Signals(losses, active, purpose_key(state.seed, "balancer", state.step)),
       state.balancer_state, backward, engine)
   grads = unflatten_dict({**flatten_dict(shared_grads),
                           **_own_grads(passes, decision, balancer, model, tasks)})
-
-  of_batch = {name: lambda params, name=name: of(rngs).penalties(
+  of_batch = {name: lambda params, name=name: pass_of.penalties(
       params, state.model_state, batch)[name] for name in passes[0].penalties}
   grads, penalty_values = _penalised(grads, model, state.params, of_batch, penalties or {}, frozen)
 
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  if only is not None:
-    absent = [path for path in flatten_dict(state.params)
-              if model.owner(path) is not None and model.owner(path) not in only]
-    updates = kept(updates, jax.tree.map(jnp.zeros_like, updates), absent)
-    opt_state = kept(opt_state, state.opt_state, absent)
-  new_params = optax.apply_updates(state.params, updates)
+  params, opt_state, updates = _updated(state, grads, optimizer, model, only)
   if balancer.after_step:  # on the same batch, whose statistics are not taken in twice
     balancer_state = balancer.after_step(
-        of(rngs).losses(new_params, state.model_state, batch), active, balancer_state)
+        pass_of.losses(params, state.model_state, batch), active, balancer_state)
   logs = {
       "losses": losses,
       "weights": decision.weights,
       "active": active,
-      "task_weights": task_weights,
+      "task_weights": pass_of.task_weights,
       "finite": _finite(passes, tasks),
       "gradient_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),
@@ -129,13 +121,34 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   if diagnose_every:
     logs |= diagnose(balancer, signals, state.balancer_state, decision, backward, engine,
                      due=(state.step + 1) % diagnose_every == 0)
-  read = {task.stream for task in tasks if only is None or task.name in only}
-  state = state.replace(step=state.step + 1, params=new_params,
-                        turns={stream: turn + int(stream in read)
-                               for stream, turn in state.turns.items()},
-                        model_state=model_state, opt_state=opt_state,
-                        balancer_state=balancer_state)
+  read = {task.stream for task in pass_of.taking_part}
+  turns = {stream: turn + int(stream in read) for stream, turn in state.turns.items()}
+  state = state.replace(step=state.step + 1, turns=turns, params=params, opt_state=opt_state,
+                        model_state=passes[-1].model_state, balancer_state=balancer_state)
   return state, logs
+
+
+def _passes(pass_of: PassOf, state: TrainState, parts: Sequence[Batch]) -> list[Pass]:
+  """A pass for each part of the batch, with random numbers of its own, statistics carried along."""
+  passes, model_state = [], state.model_state
+  for number, part in enumerate(parts):
+    keys = {name: jax.random.fold_in(key, number) if number else key
+            for name, key in pass_of.rngs.items()}
+    passes.append(pass_of._replace(rngs=keys).forward(state.params, model_state, part))
+    model_state = passes[-1].model_state
+  return passes
+
+
+def _updated(state: TrainState, grads: Any, optimizer: optax.GradientTransformation,
+             model: MultiTaskModel, only: Sequence[str] | None) -> tuple[Any, Any, Any]:
+  """Parameters and optimizer state after a step, and the updates; what absent tasks own stays."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  if only is not None:
+    absent = [path for path in flatten_dict(state.params)
+              if model.owner(path) is not None and model.owner(path) not in only]
+    updates = kept(updates, jax.tree.map(jnp.zeros_like, updates), absent)
+    opt_state = kept(opt_state, state.opt_state, absent)
+  return optax.apply_updates(state.params, updates), opt_state, updates
 
 
 def _penalised(grads: Any, model: MultiTaskModel, params: Any,

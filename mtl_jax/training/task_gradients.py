@@ -9,10 +9,11 @@ from mtl_jax.balancing import Balancer, Decision, Signals
 from mtl_jax.balancing.balancer import combine, gramian_of
 from mtl_jax.training import engines
 from mtl_jax.training.engines import Backward, Engine
-from mtl_jax.training.engines.engine import only, with_inner
+from mtl_jax.training.engines.engine import with_inner
 from mtl_jax.training.engines.exact import rows_of
 
-_BY_GRADIENTS = {"gramian", "cross_gramian", "products", "task_grads"}
+BY_ROWS = {"gramian", "cross_gramian", "task_grads"}  # of the tasks' gradients
+_BY_GRADIENTS = BY_ROWS | {"products"}
 _LOOKED_FOR = _BY_GRADIENTS | {"lookahead"}  # beyond the losses
 
 
@@ -157,6 +158,5 @@ def _combined(backward: Backward, engine: Engine, rows: Any, decision: Decision)
     return combine(rows, decision.weights) if use_rows else backward.pull(decision.weights)
   if engine.rows_of_parameters:
     return decision.direction
-  grads = backward.feature_grads[0]
-  first = next(task for task, x in grads.items() if x is not None)
-  return backward.pulls[0]({**only("", grads), first: decision.direction})
+  first = next(task for task, x in backward.feature_grads[0].items() if x is not None)
+  return backward.pulls[0]({first: decision.direction})

@@ -18,7 +18,7 @@ class Backward(NamedTuple):
   Attributes:
     feature_grads: a part: gradient of each task's loss with respect to its features, [B, ...];
       None for a task that takes no part in the step.
-    pulls: a part: from cotangents of each task's features to gradients of the shared parameters.
+    pulls: a part: from cotangents of some tasks' features to gradients of the shared parameters.
     pushes: a part: from tangents of the shared parameters to those of each task's features; None
       where the engine did not ask for it.
     look_ahead: from a `Lookahead` and the weights [T] of its losses to what it found.
@@ -75,17 +75,6 @@ class Engine(NamedTuple):
   forwards: bool = False
   rows_of_parameters: bool = False
   estimates: bool = False
-
-
-def only(task: str, features: Features) -> Features:
-  """Zeros for all tasks but one."""
-  return {t: x if t == task else jax.tree.map(jnp.zeros_like, x) for t, x in features.items()}
-
-
-def with_zeros(rows: Sequence[Any]) -> list[Any]:
-  """Rows, one a task, with zeros in place of None, of those tasks that take no part."""
-  zeros = jax.tree.map(jnp.zeros_like, next(row for row in rows if row is not None))
-  return [zeros if row is None else row for row in rows]
 
 
 def weigh(features: Features, weights: jax.Array) -> Features:

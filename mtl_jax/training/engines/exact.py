@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mtl_jax.balancing import Balancer, Signals
 from mtl_jax.balancing.balancer import gramian_of
-from mtl_jax.training.engines.engine import Backward, Engine, only, with_inner, with_zeros
+from mtl_jax.training.engines.engine import Backward, Engine, with_inner
 
 
 def exact() -> Engine:
@@ -30,6 +30,13 @@ def exact() -> Engine:
 def rows_of(backward: Backward, part: int) -> Any:
   """Gradients of the shared parameters, stacked: leaves [T, ...]."""
   grads = backward.feature_grads[part]
-  rows = [backward.pulls[part](only(task, grads)) if grads[task] is not None else None
-          for task in grads]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *with_zeros(rows))
+  rows = None
+  for i, (task, grad) in enumerate(grads.items()):
+    if grad is None:
+      continue
+    row = backward.pulls[part]({task: grad})
+    if rows is None:
+      rows = jax.tree.map(lambda x: jnp.zeros((len(grads), *x.shape), x.dtype), row)
+    # Written in place one by one: stacked, they would all be in memory twice.
+    rows = jax.tree.map(lambda rows, x: rows.at[i].set(x), rows, row)  # noqa: B023
+  return rows

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mtl_jax.balancing import Balancer, Signals
 from mtl_jax.balancing.balancer import gramian_of
-from mtl_jax.training.engines.engine import Backward, Engine, with_inner, with_zeros
+from mtl_jax.training.engines.engine import Backward, Engine, with_inner
 
 
 def features() -> Engine:
@@ -53,4 +53,6 @@ def _rows_of(backward: Backward, part: int) -> Any:
       raise ValueError("gradients: the features engine expected maps of one size for all tasks, "
                        f"found {sorted(shapes)}; use 'exact'")
     return jnp.stack(rows)
-  return jax.tree.map(stacked, *with_zeros(list(backward.feature_grads[part].values())))
+  grads = list(backward.feature_grads[part].values())
+  zeros = jax.tree.map(jnp.zeros_like, next(grad for grad in grads if grad is not None))
+  return jax.tree.map(stacked, *[zeros if grad is None else grad for grad in grads])
