@@ -1,6 +1,6 @@
 """Every sharing architecture side by side: parameters, step time, test metrics over seeds.
 
-  python benchmarks/sharing.py [--data=digits,fashion] [--fashion=FOLDER] [--steps=400] [--seeds=3]
+  python benchmarks/sharing.py [--data=digits,fashion] [--fashion=FOLDER] [--steps=300] [--seeds=3]
                                [--only=hard,mmoe] [--rounds=7] [--workdir=runs/sharing]
 
 Trains each architecture around one small residual trunk, with its default arguments, equal weights
@@ -17,22 +17,22 @@ from collections.abc import Mapping
 import contextlib
 import json
 import pathlib
-import statistics
 import sys
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 from timing import Sample, medians, sample_of
 
-from mtl_jax.experiment import build, config, fields, loop
+from mtl_jax.experiment import build, config, datasets, fields, seeds
 from mtl_jax.models import SHARINGS
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
 
 DATA = {"digits": ("configs/digits_mtl.py", ("digit", "angle", "box")),
         "fashion": ("configs/multi_fashion.py", ("left", "right"))}
 COMMON = ["--config.trunk.name=resnet", "--config.trunk.blocks=(1,1,1)",
-          "--config.trunk.channels=16", "--config.data.batch_size=64"]
+          "--config.trunk.channels=8", "--config.data.batch_size=64"]
 
 
 def variants(only: str, tasks: tuple[str, ...]) -> dict[str, tuple[str, list[str]]]:
@@ -43,15 +43,15 @@ def variants(only: str, tasks: tuple[str, ...]) -> dict[str, tuple[str, list[str
   return rows | {f"{task} alone": (f":tasks={task}", []) for task in tasks}
 
 
-def experiment_of(args: argparse.Namespace, data: str, row: tuple[str, list[str]],
-                  seed: int) -> build.Experiment:
+def config_of(args: argparse.Namespace, data: str, row: tuple[str, list[str]]) -> ConfigDict:
+  """The complete config of a row, of all its seeds."""
   path, _ = DATA[data]
   argument, overrides = row
   own = [f"--config.train.steps={args.steps}", f"--config.train.evaluate_every_steps={args.steps}",
-         f"--config.train.log_every_steps={args.steps}", f"--config.seed={seed}"]
+         f"--config.train.log_every_steps={args.steps}", f"--config.seeds={args.seeds}"]
   if data == "fashion" and args.fashion:
     own.append(f"--config.data.streams.garments.path={args.fashion}")
-  return build.build(fields.complete(config.load(path + argument, [*COMMON, *own, *overrides])))
+  return fields.complete(config.load(path + argument, [*COMMON, *own, *overrides]))
 
 
 def step_of(experiment: build.Experiment) -> Sample:
@@ -67,25 +67,22 @@ def step_of(experiment: build.Experiment) -> Sample:
 
 def measure(args: argparse.Namespace, data: str) -> list[dict[str, Any]]:
   """A record for each row."""
-  rows = variants(args.only, DATA[data][1])
-  first = {name: experiment_of(args, data, row, 0) for name, row in rows.items()}
+  configs = {name: config_of(args, data, row)
+             for name, row in variants(args.only, DATA[data][1]).items()}
+  given = datasets.read(configs["hard"])
+  first = {name: build.build(one, given) for name, one in configs.items()}
   times = medians({name: step_of(one) for name, one in first.items()}, args.rounds)
   records = []
-  for name, row in rows.items():
-    tests = []
-    for seed in range(args.seeds):
-      folder = pathlib.Path(args.workdir) / data / name.replace(", ", "_").replace(" ", "_")
-      with contextlib.redirect_stdout(sys.stderr):
-        tests.append(loop.train(experiment_of(args, data, row, seed), folder / f"seed{seed}"))
-    metrics = {}
-    for task in first[name].tasks:
-      values = [run["test"][f"{task.name}/{task.metrics[0].name}"] for run in tests]
-      metrics[task.name] = {"metric": task.metrics[0].name, "unit": task.metrics[0].unit,
-                            "mean": statistics.fmean(values),
-                            "std": statistics.stdev(values) if len(values) > 1 else None}
+  for name, one in configs.items():
+    folder = pathlib.Path(args.workdir) / data / name.replace(", ", "_").replace(" ", "_")
+    with contextlib.redirect_stdout(sys.stderr):
+      summary = seeds.train(one, folder)
+    metrics = {task.name: {"metric": task.metrics[0].name, "unit": task.metrics[0].unit,
+                           **summary["test"][f"{task.name}/{task.metrics[0].name}"]}
+               for task in first[name].tasks}
     params = jax.eval_shape(lambda name=name: first[name].create_state(0)).params
     records.append({
-        "benchmark": "sharing", "data": tests[0]["data"], "sharing": name, "steps": args.steps,
+        "benchmark": "sharing", "data": summary["data"], "sharing": name, "steps": args.steps,
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)),
         "step_ms": round(1e3 * times[name], 2),
         "ratio_to_hard": round(times[name] / times["hard"], 2),
@@ -121,8 +118,8 @@ def main() -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--data", default="digits,fashion")
   parser.add_argument("--fashion", default="", help="folder of Fashion-MNIST's IDX files")
-  parser.add_argument("--steps", type=int, default=400)
-  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--seeds", type=int, default=3, help="at least 2")
   parser.add_argument("--only", default="", help="architectures, separated by commas")
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--workdir", default="runs/sharing")
