@@ -51,9 +51,11 @@ def test_the_readme_names_every_choice():
   from mtl_jax import balancing, models, tasks
   from mtl_jax.data.augmentation import AUGMENTATIONS
   from mtl_jax.data.sources import SOURCES
+  from mtl_jax.training.engines import ENGINES
   from mtl_jax.training.optimizer import SCHEDULES
+  from mtl_jax.training.schedules import SCHEDULES as TASK_SCHEDULES
   for table in (models.TRUNKS, models.HEADS, models.SHARINGS, balancing.METHODS, tasks.KINDS,
-                SCHEDULES, SOURCES):
+                SCHEDULES, TASK_SCHEDULES, ENGINES, SOURCES):
     for name in table:
       assert f"`{name}`" in README, name
   for name in AUGMENTATIONS:

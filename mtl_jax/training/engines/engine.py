@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.balancing import Balancer, Signals
-from mtl_jax.balancing.balancer import Ahead, Lookahead, wide
+from mtl_jax.balancing.balancer import Ahead, Lookahead, gramian_of, wide
 
 Features = Mapping[str, Any]  # of each task, [B, ...], a pytree of such, as of maps, or None
 
@@ -81,6 +81,19 @@ def weigh(features: Features, weights: jax.Array) -> Features:
   """Each task's entry times its weight; weights [T] in the order of the tasks."""
   scaled = lambda tree, w: jax.tree.map(lambda x: x * w.astype(x.dtype), tree)
   return {t: scaled(x, w) for (t, x), w in zip(features.items(), weights)}
+
+
+def by_rows(rows_of: Callable[[Backward, int], Any]
+            ) -> Callable[[Balancer, Signals, Any, Backward], tuple[Signals, Any, Any]]:
+  """The `look` of an engine that takes every task's gradient: `rows_of(backward, part)`, stacked."""
+  def look(balancer: Balancer, signals: Signals, state: Any,
+           backward: Backward) -> tuple[Signals, Any, Any]:
+    parts = range(len(backward.pulls))
+    rows = [rows_of(backward, part) for part in parts]
+    signals = with_inner(balancer.needs, signals, lambda p, q: gramian_of(rows[p], rows[q]),
+                         len(parts))
+    return signals, rows[0] if balancer.needs & {"gramian", "task_grads"} else None, state
+  return look
 
 
 def with_inner(needs: frozenset[str], signals: Signals, inner: Callable[[int, int], jax.Array],

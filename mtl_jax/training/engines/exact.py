@@ -5,9 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import Balancer, Signals
-from mtl_jax.balancing.balancer import gramian_of
-from mtl_jax.training.engines.engine import Backward, Engine, with_inner
+from mtl_jax.training.engines.engine import Backward, Engine, by_rows
 
 
 def exact() -> Engine:
@@ -16,15 +14,7 @@ def exact() -> Engine:
   >>> exact().objection(None, False, False) is None
   True
   """
-  def look(balancer: Balancer, signals: Signals, state: Any,
-           backward: Backward) -> tuple[Signals, Any, Any]:
-    parts = range(len(backward.pulls))
-    rows = [rows_of(backward, part) for part in parts]
-    signals = with_inner(balancer.needs, signals, lambda p, q: gramian_of(rows[p], rows[q]),
-                         len(parts))
-    return signals, rows[0] if balancer.needs & {"gramian", "task_grads"} else None, state
-
-  return Engine("exact", look, lambda *_: None, rows_of_parameters=True)
+  return Engine("exact", by_rows(rows_of), lambda *_: None, rows_of_parameters=True)
 
 
 def rows_of(backward: Backward, part: int) -> Any:

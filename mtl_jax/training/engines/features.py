@@ -5,9 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import Balancer, Signals
-from mtl_jax.balancing.balancer import gramian_of
-from mtl_jax.training.engines.engine import Backward, Engine, with_inner
+from mtl_jax.balancing import Balancer
+from mtl_jax.training.engines.engine import Backward, Engine, by_rows
 
 
 def features() -> Engine:
@@ -22,23 +21,15 @@ def features() -> Engine:
   >>> features().objection(balancing.moco(), True, True)
   'keeps gradients of the shared parameters from step to step'
   """
-  def look(balancer: Balancer, signals: Signals, state: Any,
-           backward: Backward) -> tuple[Signals, Any, Any]:
-    parts = range(len(backward.pulls))
-    rows = [_rows_of(backward, part) for part in parts]
-    signals = with_inner(balancer.needs, signals, lambda p, q: gramian_of(rows[p], rows[q]),
-                         len(parts))
-    return signals, rows[0] if balancer.needs & {"gramian", "task_grads"} else None, state
-
-  return Engine("features", look, _objection)
+  return Engine("features", by_rows(_rows_of), _objection)
 
 
 def _objection(balancer: Balancer, one_stream: bool, one_representation: bool) -> str | None:
   if "gradient_state" in balancer.needs:
     return "keeps gradients of the shared parameters from step to step"
   if "task_grads" in balancer.needs and not (one_stream and one_representation):
-    return ("returns a direction, which the features engine can apply only where all tasks share the "
-            "features of one stream")
+    return ("returns a direction, which the features engine can apply only where all tasks share "
+            "the features of one stream")
   return None
 
 
