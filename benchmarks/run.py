@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the peers compute there, too
 
 import jax  # noqa: E402
+from measurements import MEASUREMENTS, Figure, Session  # noqa: E402
 from peers import Peers  # noqa: E402
-from rows import MEASUREMENTS, Figure, Session  # noqa: E402
 from timing import emit, machine, on_accelerator, threads  # noqa: E402
 
 Bound = float | Callable[[int], float] | None  # by the number of tasks, or none

@@ -68,8 +68,8 @@ def test_a_sample_counts_all_its_steps():
     ("features/equal", 40, 1.2, True, "missed"),
 ])
 def test_targets(key, tasks, value, accelerator, verdict):
-  run, rows = load("run"), load("rows")
-  line = run.judged(rows.Figure(key, "", value, {}, tasks), accelerator)
+  run, measurements = load("run"), load("measurements")
+  line = run.judged(measurements.Figure(key, "", value, {}, tasks), accelerator)
   assert line["verdict"] == verdict
 
 
@@ -77,8 +77,8 @@ def test_a_missing_peer_is_said():
   """The figure is there, without a value, and the process is never started."""
   peers = load("peers").Peers("false", 1, pathlib.Path())
   assert peers.add("equal", 1) == "not installed"
-  rows = load("rows")
-  figure = rows.figure_of("equal/torch", "", {"ours": 1.0}, None, "ours", {"num_tasks": 2})
+  measurements = load("measurements")
+  figure = measurements.figure_of("equal/torch", "", {"ours": 1.0}, None, "ours", {"num_tasks": 2})
   line = load("run").judged(figure, False)
   assert line["value"] is None and line["verdict"] == "not installed"
   assert line["milliseconds"] == {"ours": 1000.0}

@@ -193,7 +193,8 @@ SCHEDULES = {
 def easiness(progress: Progress, sharpness: jax.typing.ArrayLike) -> jax.Array:
   """Weights [T] with a mean of one: the less of its first loss is left, the more a task weighs.
 
-  >>> easiness(Progress(jnp.array([2., 4.]), jnp.array([1., 4.])), 2.0).round(3).tolist()
+  >>> weights = easiness(Progress(jnp.array([2., 4.]), jnp.array([1., 4.])), 2.0)
+  >>> [round(float(weight), 3) for weight in weights]
   [1.462, 0.538]
   """
   left = progress.smoothed / progress.first

@@ -17,7 +17,7 @@ from mtl_jax.balancing.balancer import init_state
 from tests.balancing.rows import LOSSES, ROWS
 
 NO_METHODS = {
-    "__init__", "balancer", "dual_cone", "hyperparameters", "masked", "preference", "solvers",
+    "__init__", "balancer", "dual_cone", "hyperparameters", "masked", "preference", "search", "solvers",
     "trained", "wrappers",
 }
 SLOW = pytest.mark.slow

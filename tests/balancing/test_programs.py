@@ -103,6 +103,7 @@ def test_cagrad_agrees_with_slsqp_in_float64():
     np.testing.assert_allclose(weights, 0.2 + push, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_cagrad_between_mean_and_mgda():
   """c = 0 is the mean; a large c has the direction of the shortest combination."""
   jacobian = jnp.asarray(np.random.default_rng(2).normal(size=(4, 9)), jnp.float32)
@@ -160,7 +161,7 @@ def test_nash_has_the_norm_that_it_promises():
     np.testing.assert_allclose(np.linalg.norm(d, axis=1), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("num_tasks", [2, 3, 11, 40])
+@pytest.mark.parametrize("num_tasks", [2, *map(slow, (3, 11, 40))])
 def test_pcd_meets_its_constraints(num_tasks):
   """In its first step: a cosine of τ with all others, the nearest to the leader that has it."""
   jacobians = random_jacobians(num_tasks, few=False)
@@ -235,6 +236,7 @@ def test_zero_gradients():
       np.testing.assert_allclose(weights.weights, without, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_opposite_gradients_leave_small_directions():
   """No direction serves both: what comes out is finite, and shorter than the gradients."""
   row = np.random.default_rng(0).normal(size=9)
@@ -279,6 +281,7 @@ def test_mistakes_are_named(build, sentence):
   assert str(caught.value) == sentence
 
 
+@pytest.mark.slow
 def test_equal_gradients():
   """The scale that each method declares: with equal gradients g, "mean" gives g."""
   rows = jnp.tile(jnp.array([[1.0, -2.0, 0.5]]), (5, 1))

@@ -208,6 +208,7 @@ def test_a_damaged_best_gives_way_to_the_newest_with_a_warning(tmp_path, monkeyp
   assert {k: validation[k] for k in summary["validation"]} == summary["validation"]
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_whole_calls(tmp_path):
   loop.train(make(**{"train.steps_per_call": 4, "train.log_every_steps": 1}), tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -45,7 +45,7 @@ def assert_alike(found, expected):
 
 @pytest.mark.parametrize("vectorized, steps_per_call", [
     pytest.param(False, None, id="in-turn", marks=pytest.mark.slow),
-    pytest.param(True, 2, id="vectorized")])
+    pytest.param(True, 2, id="vectorized", marks=pytest.mark.slow)])
 def test_each_seed_is_as_if_alone(tmp_path, monkeypatch, vectorized, steps_per_call):
   changes = {"train.steps_per_call": steps_per_call}
   monkeypatch.setattr(seeds_stepper, "vectorized", lambda: vectorized)

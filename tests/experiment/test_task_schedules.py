@@ -12,7 +12,8 @@ DEATHS = [("step", 4), ("save", 1), ("step", 3)]
 
 @pytest.mark.parametrize("fields", [
     pytest.param({"schedule.name": "alternating", "data.engine": "resident",
-                  "train.steps_per_call": 3}, id="resident-alternating"),
+                  "train.steps_per_call": 3}, id="resident-alternating",
+                 marks=pytest.mark.slow),
     pytest.param({"schedule.name": "sampled", "schedule.temperature": 2.0, "data.engine": "grain",
                   "balancer.name": "mgda"}, id="grain-sampled"),
     pytest.param({"schedule.name": "curriculum", "schedule.start": {"b": 0.4},

@@ -80,7 +80,8 @@ def test_convolution_and_both_gradients(case):
   assert "conv" in primitives(jax.make_jaxpr(ours)(*operands).jaxpr)
 
 
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case", [SOME[0], *(
+    pytest.param(case, marks=pytest.mark.slow) for case in SOME[1:])])
 def test_forward_mode_and_second_order(case):
   ours, theirs, operands = pair(case)
   directions = tuple(jax.random.normal(jax.random.key(7 + i), x.shape)
@@ -100,7 +101,8 @@ def test_forward_mode_and_second_order(case):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (2, 1), (0, 0)], ids=str)
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case", [SOME[0], *(
+    pytest.param(case, marks=pytest.mark.slow) for case in SOME[1:])])
 def test_mapped_over_images_kernels_or_both(case, axes):
   ours, theirs, operands = pair(case)
   mapped = tuple(x if axis is None else jnp.stack([x, -2 * x, x ** 2], axis)
@@ -121,7 +123,9 @@ def test_mapped_over_cotangents(case):
           for f in (ours, theirs)))
 
 
-@pytest.mark.parametrize("case", ("3x3 whole slices", "1x1", "3x3 small maps"))
+@pytest.mark.parametrize("case", (
+    "1x1", *(pytest.param(case, marks=pytest.mark.slow)
+             for case in ("3x3 whole slices", "3x3 small maps"))))
 def test_in_half_precision_gradients_are_no_coarser(case):
   ours, theirs, operands = pair(case, jnp.bfloat16)
   close(ours(*operands), theirs(*operands), 1e-2)
@@ -222,7 +226,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("ties", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("case", POOLS)
 def test_max_pool_and_its_derivatives(case, ties):
   """Rounded to a few values, negative ones too, most windows have several maxima."""

@@ -78,6 +78,7 @@ def test_auto_lambda_is_the_derivative_of_the_held_out_loss(engine):
   assert_close(gradient_taken(state, new), weighted, 1e-5)  # heads too
 
 
+@pytest.mark.slow
 def test_moml_sees_every_held_out_loss():
   balancer = balancing.moml(inner_learning_rate=0.5)
   state, batch, step, model, some_tasks = make(balancer=balancer)
@@ -97,8 +98,8 @@ def test_moml_sees_every_held_out_loss():
   assert abs(float(logs["weights"].sum()) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("engine", [
-    "exact", pytest.param("features", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["exact", "features"])
 def test_forum_follows_both_halves(engine):
   balancer = balancing.forum(slack=5.0)
   state, batch, step, model, some_tasks = make(balancer=balancer, gradients=engine)

@@ -189,7 +189,9 @@ def test_scheduled_steps_take_turns_inside_one_program_on_any_number_of_devices(
   assert_close(ends[0].params, by_hand.params, 2e-5)
 
 
-@pytest.mark.parametrize("name", sorted(models.SHARINGS))
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("hard", "cross_stitch", "ple") else pytest.mark.slow)
+    for name in models.SHARINGS])
 def test_every_sharing_serves_some_tasks_alone(name):
   from tests.models.sharing_cases import IMAGES, TASKS, TRUNKS, TWO, filled
   trunk = TRUNKS["resnet" if name in ("task_norm", "adashare") else "cnn"]
