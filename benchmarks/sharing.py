@@ -1,6 +1,6 @@
 """Every sharing architecture side by side: parameters, step time, test metrics over seeds.
 
-  python benchmarks/sharing.py [--data=digits,fashion] [--fashion=FOLDER] [--steps=300] [--seeds=3]
+  python benchmarks/sharing.py [--data=digits,fashion] [--fashion=FOLDER] [--steps=200] [--seeds=3]
                                [--only=hard,mmoe] [--rounds=7] [--workdir=runs/sharing]
 
 Trains each architecture around one small residual trunk, with its default arguments, equal weights
@@ -32,7 +32,8 @@ from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, s
 DATA = {"digits": ("configs/digits_mtl.py", ("digit", "angle", "box")),
         "fashion": ("configs/multi_fashion.py", ("left", "right"))}
 COMMON = ["--config.trunk.name=resnet", "--config.trunk.blocks=(1,1,1)",
-          "--config.trunk.channels=8", "--config.data.batch_size=64"]
+          "--config.trunk.channels=16", "--config.trunk.stem=imagenet",
+          "--config.data.batch_size=64"]
 
 
 def variants(only: str, tasks: tuple[str, ...]) -> dict[str, tuple[str, list[str]]]:
@@ -118,7 +119,7 @@ def main() -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--data", default="digits,fashion")
   parser.add_argument("--fashion", default="", help="folder of Fashion-MNIST's IDX files")
-  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--steps", type=int, default=200)
   parser.add_argument("--seeds", type=int, default=3, help="at least 2")
   parser.add_argument("--only", default="", help="architectures, separated by commas")
   parser.add_argument("--rounds", type=int, default=7)

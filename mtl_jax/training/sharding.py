@@ -80,7 +80,7 @@ def _several(step: Callable[[Any, Any], tuple[Any, Any]],
     return step(state, jax.lax.with_sharding_constraint(batch, split(mesh)))
 
   def several(state, data):
-    if num_steps == 1:  # XLA runs convolutions many times slower inside a loop on CPUs.
+    if num_steps == 1:  # Plain linen convolutions are slow in loops on CPUs.
       state, logs = one(state, data)
       return state, jax.tree.map(lambda x: x[None], logs)
     return jax.lax.scan(lambda s, _: one(s, data), state, None, length=num_steps)
