@@ -34,7 +34,9 @@ def trunk_of(variables):
 
 
 @pytest.mark.parametrize("trunk, streams, train", [
-    ("resnet", ONE, True), ("resnet", TWO, False), ("vit", TWO, True), ("mlp", TWO, True)])
+    ("resnet", ONE, True), ("mlp", TWO, True),
+    pytest.param("resnet", TWO, False, marks=pytest.mark.slow),
+    pytest.param("vit", TWO, True, marks=pytest.mark.slow)])
 def test_where_all_is_kept_it_is_hard_sharing(trunk, streams, train):
   """Draws, too, where the odds are e^50 to one; and with them BatchNorm's running statistics."""
   images = {stream: IMAGES[stream] for stream in set(streams.values())}

@@ -117,7 +117,7 @@ def assert_close(a, b, tolerance=2e-6):
 
 
 @pytest.mark.parametrize("name", [
-    name if name in ("cgc", "dselect_k") else pytest.param(name, marks=pytest.mark.slow)
+    name if name == "cgc" else pytest.param(name, marks=pytest.mark.slow)
     for name in FIELDS])
 def test_the_step_descends_the_losses_and_the_entropy_of_all_gates(name):
   """Against `jax.grad` of the sum written out; it reaches gates and, through them, what is shared."""

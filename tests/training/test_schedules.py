@@ -107,11 +107,11 @@ def test_mistakes_are_named(make_schedule, message):
 
 
 @pytest.mark.parametrize("balancer,engine,streams", [
-    (balancing.equal(), "exact", ("s", "s", "s")),
     (balancing.mgda(), "exact", ("s", "r", "r")),
     (balancing.cagrad(), "features", ("s", "s", "s")),
-    (balancing.pcgrad(), "features", ("s", "r", "r")),
-    (balancing.graddrop(), "exact", ("s", "s", "s")),
+    pytest.param(balancing.equal(), "exact", ("s", "s", "s"), marks=pytest.mark.slow),
+    pytest.param(balancing.pcgrad(), "features", ("s", "r", "r"), marks=pytest.mark.slow),
+    pytest.param(balancing.graddrop(), "exact", ("s", "s", "s"), marks=pytest.mark.slow),
     pytest.param(balancing.nash_mtl(), "exact", ("s", "s", "s"), marks=pytest.mark.slow),
     pytest.param(balancing.graddrop(), "features", ("s", "s", "s"), marks=pytest.mark.slow),
     pytest.param(balancing.famo(), "exact", ("s", "r", "r"), marks=pytest.mark.slow),

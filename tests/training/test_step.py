@@ -16,6 +16,7 @@ from mtl_jax.training import penalties, sharding
 from mtl_jax.training.optimizer import optimizer
 
 SGD = optax.sgd(1.0)  # the update is minus the gradient
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Trunk(nn.Module):
@@ -152,7 +153,8 @@ def test_fixed_weights_reach_the_heads():
   assert_close(gradient_taken(state, new), expected)
 
 
-@pytest.mark.parametrize("balancer", [balancing.equal(), balancing.pcgrad(), balancing.graddrop()])
+@pytest.mark.parametrize("balancer", [
+    slow(balancing.equal()), balancing.pcgrad(), slow(balancing.graddrop())])
 def test_nothing_shared_equals_single_tasks(balancer):
   state, batch, step, model, some_tasks = make(("s", "r"), balancer, sharing="independent")
   new, logs = jax.jit(step)(state, batch)
@@ -161,7 +163,8 @@ def test_nothing_shared_equals_single_tasks(balancer):
   assert np.ptp(logs["weights"]) == 0
 
 
-@pytest.mark.parametrize("name", ["equal", "fixed", "uncertainty", "mgda", "pcgrad", "graddrop"])
+@pytest.mark.parametrize("name", [
+    *map(slow, ("equal", "fixed", "uncertainty")), "mgda", slow("pcgrad"), "graddrop"])
 @pytest.mark.parametrize("engine", ["exact", "features"])
 def test_a_task_without_labels_leaves_the_balance(name, engine):
   kwargs = {"fixed": {"weights": (1.0, 1.0, 1.0)}}.get(name, {})
@@ -247,8 +250,8 @@ def test_dropout_depends_on_seed_and_step_alone():
   assert loss(state) != loss(state.replace(seed=state.seed + jnp.uint32(1)))
 
 
-@pytest.mark.parametrize("name, engine", [("equal", "exact"), ("pcgrad", "exact"),
-                                          ("mgda", "features")])
+@pytest.mark.parametrize("name, engine", [slow("equal", "exact"), ("pcgrad", "exact"),
+                                          slow("mgda", "features")])
 def test_one_device_equals_eight(name, engine):
   trunk = models.ResNet(blocks=(1,), channels=4)  # BatchNorm's statistics are global, too
   state, batch, step, *_ = make(("s", "r"), balancing.get(name), trunk=trunk,
@@ -324,7 +327,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
     sharding.check_divides(3, sharding.data_mesh())
 
 
-@pytest.mark.parametrize("engine", ["exact", "features"])
+@pytest.mark.parametrize("engine", ["exact", slow("features")])
 def test_amortised_weights_need_no_gradients_in_between(engine):
   """With `every=2` the second step uses the first one's weights, and sees no Gramian."""
   state, batch, step, *_ = make(balancer=balancing.get("mgda", every=2), gradients=engine)
@@ -339,6 +342,7 @@ def test_amortised_weights_need_no_gradients_in_between(engine):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(second))
 
 
+@pytest.mark.slow
 def test_losses_after_the_step_are_those_of_the_new_parameters():
   seen = balancing.Balancer(
       "seen", lambda num_tasks: jnp.zeros(num_tasks),
@@ -357,7 +361,7 @@ def test_losses_after_the_step_are_those_of_the_new_parameters():
   assert_close(new.model_state["batch_stats"], expected.model_state["batch_stats"])
 
 
-@pytest.mark.parametrize("name", ["equal", "mgda"])
+@pytest.mark.parametrize("name", [slow("equal"), "mgda"])
 def test_diagnosed_steps_see_the_exact_gramian(name):
   """Every second step, whatever the engine; and how far its weights are from the exact ones."""
   exact_state, batch, exact, *_ = make(balancer=balancing.mgda())
