@@ -218,6 +218,7 @@ def test_scale_of_all_gradients(name, degree):
     np.testing.assert_allclose(decide(scale * jacobian)[0] / scale**degree, d, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_zero_gradients():
   """They weigh their share or nothing, and the others decide as without them."""
   rng = np.random.default_rng(0)

@@ -221,6 +221,7 @@ def test_random_weights_of_active_tasks(distribution):
   assert not draws(distribution, [False, False], 2).any()
 
 
+@pytest.mark.slow
 def test_random_weights_follow_their_law():
   # All seven subsets of three tasks alike: four standard deviations are 0.026.
   subsets, counts = np.unique(draws("bernoulli", [True] * 3) > 0, axis=0, return_counts=True)

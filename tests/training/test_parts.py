@@ -52,8 +52,8 @@ def test_metrics_are_those_of_the_whole_batch():
     assert int(number(count)) == 8
 
 
-@pytest.mark.parametrize("engine", [
-    "exact", pytest.param("features", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["exact", "features"])
 def test_auto_lambda_is_the_derivative_of_the_held_out_loss(engine):
   """Against a difference quotient of the held-out loss in each weight, as the paper defines it."""
   balancer = balancing.auto_lambda(inner_learning_rate=0.5, learning_rate=0.01)
