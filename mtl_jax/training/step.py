@@ -84,14 +84,7 @@ def train_step(state: TrainState, batch: Batch, *, model: MultiTaskModel, tasks:
   passes = _passes(pass_of, state, parts)
   losses, active = passes[0].losses, jnp.stack([one.active for one in passes]).all(axis=0)
 
-  backward = engines.Backward(
-      [one.feature_grads for one in passes], [one.pull_shared for one in passes],
-      [one.push_shared for one in passes],
-      lambda plan, weights: look_ahead(
-          plan, weights, state.params,
-          lambda params, i: pass_of.losses(params, state.model_state, parts[i])),
-      shares_parameters=len(passes[0].own_grads) < len(flatten_dict(state.params)),
-      one_stream=not several, one_representation=model.sharing.one_representation)
+  backward = _backward(pass_of, state, parts, passes, one_stream=not several)
   shared_grads, signals, decision, balancer_state = balance(
       balancer, Signals(losses, active, purpose_key(state.seed, "balancer", state.step)),
       state.balancer_state, backward, engine)
@@ -137,6 +130,19 @@ def _passes(pass_of: PassOf, state: TrainState, parts: Sequence[Batch]) -> list[
     passes.append(pass_of._replace(rngs=keys).forward(state.params, model_state, part))
     model_state = passes[-1].model_state
   return passes
+
+
+def _backward(pass_of: PassOf, state: TrainState, parts: Sequence[Batch], passes: Sequence[Pass],
+              one_stream: bool) -> engines.Backward:
+  """The way back through what tasks share, and how to try out a step ahead."""
+  return engines.Backward(
+      [one.feature_grads for one in passes], [one.pull_shared for one in passes],
+      [one.push_shared for one in passes],
+      lambda plan, weights: look_ahead(
+          plan, weights, state.params,
+          lambda params, i: pass_of.losses(params, state.model_state, parts[i])),
+      shares_parameters=len(passes[0].own_grads) < len(flatten_dict(state.params)),
+      one_stream=one_stream, one_representation=pass_of.model.sharing.one_representation)
 
 
 def _updated(state: TrainState, grads: Any, optimizer: optax.GradientTransformation,

@@ -51,6 +51,23 @@ def assert_close(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
+def check_drawn_owners(sharing, params, draws):
+  """The declared owner against the features that move with a parameter in any of several draws."""
+  @jax.jit
+  def moved(params, key):
+    return jax.jacrev(lambda p: jnp.stack([(x ** 2).sum() for x in sharing.apply(
+        {"params": p}, IMAGES, TWO, True, rngs={"dropout": key}).values()]))(params)
+
+  order, reached = list(TWO), {}
+  for draw in range(draws):
+    for path, leaf in flatten_dict(moved(params, jax.random.key(draw))).items():
+      reached.setdefault(path, set()).update(
+          task for task, row in zip(order, leaf) if np.abs(row).sum() > 0)
+  for path, seen in reached.items():
+    owner = sharing.owner(path)
+    assert seen == ({owner} if owner else set(TASKS)), path
+
+
 def check_owners(sharing, images, streams, maps=False):
   """The declared owner against the truth: whose features, or maps, move with the parameter."""
   variables = filled(sharing, images, streams, False, maps)

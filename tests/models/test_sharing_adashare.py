@@ -10,7 +10,8 @@ import pytest
 from mtl_jax import models
 from mtl_jax.models.sharing import SHARINGS
 from mtl_jax.models.sharing.adashare import Policy
-from tests.models.sharing_cases import IMAGES, ONE, TASKS, TWO, assert_close, filled, images_of
+from tests.models.sharing_cases import (IMAGES, ONE, TASKS, TWO, assert_close,
+                                        check_drawn_owners, filled, images_of)
 
 RESNET = models.ResNet(blocks=(2, 2), channels=3)
 TRUNKS = {"resnet": models.ResNet(blocks=(2,), channels=3),
@@ -104,21 +105,7 @@ def test_at_evaluation_each_task_runs_what_it_most_likely_keeps():
 def test_who_owns_what_over_many_draws():
   sharing = SHARINGS["adashare"](TRUNKS["mlp"], TASKS)
   variables = choosing(filled(sharing, IMAGES, TWO, False), 0.0)
-
-  @jax.jit
-  def moved(params, key):
-    return jax.jacrev(lambda p: jnp.stack([(x ** 2).sum() for x in sharing.apply(
-        {"params": p}, IMAGES, TWO, True, rngs={"dropout": key}).values()]))(params)
-
-  order, reached = list(TWO), {}
-  for draw in range(12):
-    rows = flatten_dict(moved(variables["params"], jax.random.key(draw)))
-    for path, leaf in rows.items():
-      reached.setdefault(path, set()).update(
-          task for task, row in zip(order, leaf) if np.abs(row).sum() > 0)
-  for path, seen in reached.items():
-    owner = sharing.owner(path)
-    assert seen == ({owner} if owner else set(TASKS)), path
+  check_drawn_owners(sharing, variables["params"], draws=12)
 
 
 def test_blocks_are_kept_as_often_as_their_odds_say():

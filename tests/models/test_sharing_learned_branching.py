@@ -1,6 +1,5 @@
 """Learned branching: paths through trunks side by side, drawn in training."""
 
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +7,8 @@ import pytest
 
 from mtl_jax.models.sharing import SHARINGS
 from mtl_jax.models.sharing.learned_branching import BranchingUnit
-from tests.models.sharing_cases import (IMAGES, TASKS, TRUNKS, TWO, apart, assert_close, filled,
-                                        joined)
+from tests.models.sharing_cases import (IMAGES, TASKS, TRUNKS, TWO, apart, assert_close,
+                                        check_drawn_owners, filled, joined)
 
 CNN = TRUNKS["cnn"]
 
@@ -76,21 +75,7 @@ def test_a_tree_of_choices():
 def test_who_owns_what_over_many_draws():
   sharing = SHARINGS["learned_branching"](CNN, TASKS)
   variables = choosing(filled(sharing, IMAGES, TWO, False), np.zeros((3, 3)))
-
-  @jax.jit
-  def moved(params, key):
-    return jax.jacrev(lambda p: jnp.stack([(x ** 2).sum() for x in sharing.apply(
-        {"params": p}, IMAGES, TWO, True, rngs={"dropout": key}).values()]))(params)
-
-  order, reached = list(TWO), {}
-  for draw in range(20):
-    rows = flatten_dict(moved(variables["params"], jax.random.key(draw)))
-    for path, leaf in rows.items():
-      reached.setdefault(path, set()).update(
-          task for task, row in zip(order, leaf) if np.abs(row).sum() > 0)
-  for path, seen in reached.items():
-    owner = sharing.owner(path)
-    assert seen == ({owner} if owner else set(TASKS)), path
+  check_drawn_owners(sharing, variables["params"], draws=20)
 
 
 def test_parents_are_drawn_as_often_as_the_logits_say():

@@ -10,12 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-import mtl_jax
 from mtl_jax import balancing, models
 from mtl_jax.training import engines, sharding
 from mtl_jax.training.engines.sketched import Sketched, signs
 from mtl_jax.training.task_gradients import check_engine
-from tests.training.test_step import SGD, Trunk, make_batch, make_tasks
+from tests.training.test_step import Trunk, make
 
 STREAMS = [("s", "s", "s"), ("s", "r", "r")]
 TRUNKS = {"hard": Trunk(), "film": models.CNN(channels=(2,), width=4)}  # film: features by task
@@ -29,19 +28,10 @@ PROBE = balancing.Balancer(
     frozenset({"products"}))
 
 
-def start(streams=STREAMS[0], balancer=None, gradients="exact", sharing="hard", trunk=None,
-          opt=SGD, **step):
+def start(streams=STREAMS[0], balancer=None, gradients="exact", **options):
   """A state that the engine asks for, a batch, and the compiled step."""
-  some_tasks = make_tasks(*streams)
-  model = models.MultiTaskModel(
-      sharing=models.SHARINGS[sharing](trunk or Trunk(), tuple(t.name for t in some_tasks)),
-      heads={t.name: nn.Dense(t.num_outputs) for t in some_tasks},
-      streams={t.name: t.stream for t in some_tasks})
-  statics = dict(model=model, tasks=some_tasks, balancer=balancer or balancing.equal(),
-                 optimizer=opt, gradients=gradients)
-  batch = make_batch(some_tasks)
-  state = jax.jit(lambda: mtl_jax.create_train_state(0, batch, **statics))()
-  return state, batch, jax.jit(functools.partial(mtl_jax.train_step, **statics, **step))
+  state, batch, step, *_ = make(streams, balancer, gradients=gradients, **options)
+  return state, batch, jax.jit(step)
 
 
 @functools.lru_cache
@@ -58,7 +48,7 @@ def exact_logs(streams=STREAMS[0], balancer=balancing.mgda(), sharing="hard"):
                                        ("matrix_free", STREAMS[1], "film"),
                                        ("exact", STREAMS[1], "hard")])])
 def test_products_are_those_of_the_exact_gramian(engine, streams, sharing):
-  state, batch, step = start(streams, PROBE, engine, sharing, TRUNKS[sharing])
+  state, batch, step = start(streams, PROBE, engine, sharing=sharing, trunk=TRUNKS[sharing])
   gramian = exact_logs(streams, sharing=sharing)["gramian"]
   new, _ = step(state, batch)
   np.testing.assert_allclose(new.balancer_state, PROBES @ gramian, rtol=1e-4, atol=1e-6)

@@ -47,16 +47,17 @@ def make_batch(some_tasks, size=8, missing=0.0):
   return batch
 
 
-def make(streams=("s", "s", "s"), balancer=None, sharing="hard", trunk=None, opt=SGD, **step):
+def make(streams=("s", "s", "s"), balancer=None, sharing="hard", trunk=None, opt=SGD,
+         gradients="exact", **step):
   some_tasks = make_tasks(*streams)
   model = models.MultiTaskModel(
       sharing=models.SHARINGS[sharing](trunk or Trunk(), tuple(t.name for t in some_tasks)),
       heads={t.name: nn.Dense(t.num_outputs) for t in some_tasks},
       streams={t.name: t.stream for t in some_tasks})
   statics = dict(model=model, tasks=some_tasks, balancer=balancer or balancing.equal(),
-                 optimizer=opt)
+                 optimizer=opt, gradients=gradients)
   batch = make_batch(some_tasks)
-  state = mtl_jax.create_train_state(0, batch, **statics)
+  state = jax.jit(lambda: mtl_jax.create_train_state(0, batch, **statics))()
   return state, batch, functools.partial(mtl_jax.train_step, **statics, **step), model, some_tasks
 
 
