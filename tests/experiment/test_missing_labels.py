@@ -113,7 +113,8 @@ def test_a_fraction_of_each_label_is_dropped_on_its_own():
 
 @pytest.mark.parametrize("task", [
     {"name": "identity", "label": "class", "head": {"name": "normalized"}},
-    {"name": "reconstruction", "label": "image", "head": {"name": "upsampling", "channels": 8}},
+    pytest.param({"name": "reconstruction", "label": "image",
+                  "head": {"name": "upsampling", "channels": 8}}, marks=pytest.mark.slow),
 ], ids=["identity", "reconstruction"])
 def test_metrics_are_exact_however_a_split_is_cut(task):
   """20 examples in batches of 8, the last one padded, as in one of 20: metrics that are gathered,

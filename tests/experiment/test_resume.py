@@ -163,6 +163,7 @@ def test_many_steps_in_a_call_keep_their_records(tmp_path):
     assert numbers == pytest.approx({k: b[k] for k in numbers}, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_metrics_and_each_others_checkpoints(tmp_path, monkeypatch):
   from mtl_jax.training import sharding
   meshes = {n: sharding.data_mesh(jax.devices()[:n]) for n in (1, 8)}

@@ -80,6 +80,7 @@ DEATHS = [  # the place, and at which of the two seeds' calls in turn
 ]
 
 
+@pytest.mark.slow
 def test_deaths_change_nothing(tmp_path, monkeypatch, capsys):
   config = complete(**TOGETHER)
   whole = seeds.train(config, tmp_path / "whole")

@@ -203,6 +203,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, source):
     transfer.read(str(copy))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_read_again_and_ends_the_same(source, found, tmp_path, monkeypatch):
   changes = {"init_from.path": str(source), "init_from.part": "all",
              "init_from.freeze": "conv?,heads_b",

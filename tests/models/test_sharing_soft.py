@@ -49,7 +49,7 @@ def test_without_strength_trunks_are_independent():
   assert_close(taken["soft"], taken["independent"])
 
 
-@pytest.mark.parametrize("distance", ["mean", "trace_norm"])
+@pytest.mark.parametrize("distance", ["mean", pytest.param("trace_norm", marks=pytest.mark.slow)])
 def test_the_step_adds_the_gradient_of_the_penalty(distance):
   """Also beside the config's own penalties, and whatever the balancer: it has nothing to do."""
   state, batch, plain, _ = stepper("independent")
