@@ -305,6 +305,9 @@ def _max_pool_jvp(window: _Window, primals: tuple[jax.Array],
                   tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
   (x,), (dx,) = primals, tangents
   y = _max_pool(x, window)
+  count = math.prod(window.kernel)
+  if window.kernel == window.strides and window.padding == ((0, 0), (0, 0)) and count <= 256:
+    return y, _at_first(_windows(x, window), _windows(dx, window))
   dy, found = jnp.zeros_like(y), jnp.zeros(y.shape, bool)
   for value, change in zip(_window_values(x, window, -jnp.inf), _window_values(dx, window, 0.0)):
     first = (value == y) & ~found
@@ -312,15 +315,31 @@ def _max_pool_jvp(window: _Window, primals: tuple[jax.Array],
   return y, dy
 
 
+def _windows(x: jax.Array, window: _Window) -> jax.Array:
+  """Windows that touch and do not overlap: [B, H', h, W', w, C]."""
+  (rows, columns), (height, width) = window.out, window.kernel
+  x = x[:, :rows * height, :columns * width]
+  return x.reshape(x.shape[0], rows, height, columns, width, x.shape[3])
+
+
+def _at_first(x: jax.Array, dx: jax.Array) -> jax.Array:
+  """Of each window [B, H', h, W', w, C] the entry of dx at the first maximum of x."""
+  height, width = x.shape[2], x.shape[4]
+  best, place = x[:, :, 0, :, 0], jnp.zeros_like(x[:, :, 0, :, 0], jnp.uint8)
+  for n in range(1, height * width):
+    value = x[:, :, n // width, :, n % width]
+    place = jnp.where(value > best, jnp.uint8(n), place)
+    best = jnp.maximum(best, value)
+  # One comparison with all places: transposed, it is a single pass over the gradient.
+  places = jnp.arange(height * width, dtype=jnp.uint8).reshape(1, 1, height, 1, width, 1)
+  first = place[:, :, None, :, None] == places
+  return jnp.where(first, dx, jnp.zeros_like(dx)).sum((2, 4))
+
+
 def _window_values(x: jax.Array, window: _Window, fill: float) -> list[jax.Array]:
   """The first, second, … value of all windows, row by row: each [B, H', W', C]."""
   batch, _, _, channels = x.shape
   places = [(i, j) for i in range(window.kernel[0]) for j in range(window.kernel[1])]
-  if window.kernel == window.strides and window.padding == ((0, 0), (0, 0)):
-    (rows, columns), (height, width) = window.out, window.kernel
-    x = x[:, :rows * height, :columns * width]
-    x = x.reshape(batch, rows, height, columns, width, channels)
-    return [x[:, :, i, :, j] for i, j in places]
   x = lax.pad(x, jnp.asarray(fill, x.dtype),
               [(0, 0, 0), *((*pad, 0) for pad in window.padding), (0, 0, 0)])
   return [lax.slice(x, (0, i, j, 0),

@@ -6,11 +6,15 @@ whole batch whatever the number of devices.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# Of the library YNNPACK matrix products only: its convolutions take one core.
+_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -40,6 +44,23 @@ def check_divides(batch_size: int, mesh: Mesh) -> None:
                      f"the nearest is {nearest}")
 
 
+def _compile(function: Callable, mesh: Mesh, **how: Any) -> Callable:
+  """`jax.jit`, of a program that no other contains, with what is fast on the mesh's devices."""
+  return jax.jit(function, compiler_options=_options(mesh.devices.flat[0].platform), **how)
+
+
+@functools.cache
+def _options(platform: str) -> dict[str, str] | None:
+  """Options of XLA's for a platform, or None for its own choice."""
+  if platform != "cpu":
+    return None
+  try:
+    jax.jit(lambda: 0, compiler_options=_ON_CPU).lower().compile()
+  except jax.errors.JaxRuntimeError:  # an XLA without this option
+    return None
+  return _ON_CPU
+
+
 def create_sharded(create: Callable[[], Any], mesh: Mesh) -> Any:
   """Runs `create()` under jit, its results created where they will live."""
   # It runs once: on CPUs, XLA's full effort takes seconds to save milliseconds.
@@ -51,8 +72,8 @@ def create_sharded(create: Callable[[], Any], mesh: Mesh) -> Any:
 def sharded_step(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable:
   """Compiles `step(state, batch) -> (state, logs)`: state replicated and donated, batch split."""
   everywhere, along_batch = replicated(mesh), split(mesh)
-  return jax.jit(step, in_shardings=(everywhere, along_batch), out_shardings=everywhere,
-                 donate_argnums=0)
+  return _compile(step, mesh, in_shardings=(everywhere, along_batch), out_shardings=everywhere,
+                  donate_argnums=0)
 
 
 def sharded_resident_steps(step: Callable[[Any, Any], tuple[Any, Any]],
@@ -67,8 +88,9 @@ def sharded_resident_steps(step: Callable[[Any, Any], tuple[Any, Any]],
     num_steps: logs come back with this leading axis.
   """
   everywhere = replicated(mesh)
-  return jax.jit(_several(step, batch_at, mesh, num_steps), in_shardings=(everywhere, everywhere),
-                 out_shardings=everywhere, donate_argnums=0)
+  return _compile(_several(step, batch_at, mesh, num_steps), mesh,
+                  in_shardings=(everywhere, everywhere), out_shardings=everywhere,
+                  donate_argnums=0)
 
 
 def _several(step: Callable[[Any, Any], tuple[Any, Any]],
@@ -116,11 +138,12 @@ def sharded_seeds_steps(step: Callable[[Any, Any], tuple[Any, Any]],
     return [one.replace(step=state.step) for one in apart(state.replace(step=None))], apart(logs)
 
   everywhere = replicated(mesh)
-  return jax.jit(together, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=0)
+  return _compile(together, mesh, in_shardings=everywhere, out_shardings=everywhere,
+                  donate_argnums=0)
 
 
 def sharded_eval(evaluate: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Callable:
   """Compiles `evaluate(state, batch, constants) -> metric states`; only the batch is split."""
   everywhere = replicated(mesh)
-  return jax.jit(evaluate, in_shardings=(everywhere, split(mesh), everywhere),
-                 out_shardings=everywhere)
+  return _compile(evaluate, mesh, in_shardings=(everywhere, split(mesh), everywhere),
+                  out_shardings=everywhere)

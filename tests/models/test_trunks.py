@@ -91,6 +91,26 @@ def test_features_stay(trunk, features):
   np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5)
 
 
+def test_the_reference_network_is_made_of_linens_layers():
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for i, channels in enumerate((4, 6)):
+        x = nn.relu(nn.Conv(channels, (3, 3), name=f"conv{i + 1}")(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+      return nn.relu(nn.Dense(3, name="dense")(x.reshape(x.shape[0], -1)))
+
+  images = waves((5, 10, 9, 3))
+  ours, theirs = models.CNN(channels=(4, 6), width=3), Plain()
+  variables = theirs.init(jax.random.key(1), images)
+  jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), images), variables)
+  variables = jax.tree.map(lambda x: waves(x.shape), variables)
+  a, b = (jax.jit(jax.value_and_grad(lambda v, m=m: (m.apply(v, images) ** 2).sum()))(variables)
+          for m in (ours, theirs))
+  assert b[0] > 0
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), a, b)
+
+
 @pytest.mark.parametrize("name, train", [("cnn", False), ("resnet18", True), ("vit", False),
                                          ("mlp", False)])
 def test_blocks_add_up_to_stages_and_these_to_the_whole(name, train):
