@@ -60,10 +60,9 @@ def main(argv: list[str]) -> int:
     arguments = _arguments(argv)
     # Imported here: jax takes seconds.
     from mtl_jax.experiment import build, compiled, config, fields, folds, inspection, loop, \
-        memory, seeds
+        seeds
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
     compiled.keep(os.environ)
-    memory.keep(os.environ)
     in_turn = complete.data.folds and complete.data.fold is None
     room = (inspection if arguments.mode == "inspect" else folds if in_turn else
             seeds if complete.seeds > 1 else loop)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -22,7 +21,7 @@ import jax
 from timing import emit
 
 from mtl_jax.data import streams
-from mtl_jax.experiment import build, config, fields, loop, memory
+from mtl_jax.experiment import build, config, fields, loop
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
 from mtl_jax.training.step import train_step
 
@@ -89,7 +88,6 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=120)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
-  memory.keep(os.environ)
   found = rates(args.config, args.steps, args.repeats)
   for what, rate in found.items():
     emit("loop", what=what, config=args.config, images_per_second=round(rate, 1),

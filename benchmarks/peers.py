@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import json
-import os
 import pathlib
 import subprocess
 from typing import Any
@@ -13,9 +12,6 @@ from timing import Sample
 
 NOT_INSTALLED = "not installed"
 
-# What `mtl_jax.experiment.memory` asks of the C library, as its environment.
-_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
-
 
 class Peers:
   """PyTorch's process, started when first asked for.
@@ -24,11 +20,9 @@ class Peers:
     python: interpreter of an environment with PyTorch.
     threads: how many it may use.
     folder: for files of weights and batches.
-    keep_memory: whether it keeps freed memory.
   """
 
-  def __init__(self, python: str, threads: int, folder: pathlib.Path, keep_memory: bool = False):
-    self._environment = {**os.environ, **(_KEPT if keep_memory else {})}
+  def __init__(self, python: str, threads: int, folder: pathlib.Path):
     self._command = [python, str(pathlib.Path(__file__).with_name("torch_side.py")), str(threads)]
     self._folder, self._files = folder, 0
     self._process: subprocess.Popen | None = None
@@ -42,7 +36,7 @@ class Peers:
         self.versions = {"torch": NOT_INSTALLED}
       else:
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, text=True,
-                                         stdout=subprocess.PIPE, env=self._environment)
+                                         stdout=subprocess.PIPE)
         self.versions = self._read()
     return self._process is not None
 

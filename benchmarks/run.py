@@ -12,8 +12,7 @@ unless --peers names another's Python; where they are missing, their figures say
 start from the same weights on the same batch, in float32, with as many threads, and their first
 losses are compared. What is reproduced of LibMTL, which is no package, says `libmtl_way.py`. Our
 step also counts its metrics and takes norms for the logs; the peers' steps do neither. On
-accelerators both multiply float32 in TensorFloat-32. On CPUs we keep freed memory, as launch.py
-does; PyTorch leaves that to the C library, and with --peers-keep-memory is told to keep it, too.
+accelerators both multiply float32 in TensorFloat-32.
 
   equal        the reference network with equal weights against PyTorch eager
   exact        methods by exact task gradients against LibMTL's way, TorchJD, and equal weights
@@ -41,8 +40,6 @@ import jax  # noqa: E402
 from measurements import MEASUREMENTS, Figure, Session  # noqa: E402
 from peers import Peers  # noqa: E402
 from timing import emit, machine, on_accelerator, threads  # noqa: E402
-
-from mtl_jax.experiment import memory  # noqa: E402
 
 Bound = float | Callable[[int], float] | None  # by the number of tasks, or none
 
@@ -133,25 +130,21 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--only", default="", help="measurements, separated by commas; all if empty")
   parser.add_argument("--out", help="file of results")
   parser.add_argument("--peers", default=sys.executable, help="Python that has PyTorch")
-  parser.add_argument("--peers-keep-memory", action="store_true")
   args = parser.parse_args(argv)
   names = args.only.split(",") if args.only else list(MEASUREMENTS)
   if unknown := sorted(set(names) - set(MEASUREMENTS)):
     parser.error(f"--only: expected some of {', '.join(MEASUREMENTS)}, found {unknown[0]!r}")
 
-  memory.keep(os.environ)
   facts, lines = machine(), []
   if facts["load"] > facts["threads"] / 2:
     print(f"warning: the machine is busy (load {facts['load']}); the peers' threads suffer more "
           "from it than ours, so that no figure beside them counts", file=sys.stderr)
   with tempfile.TemporaryDirectory() as folder, contextlib.closing(
-      Peers(args.peers, threads(), pathlib.Path(folder),
-            keep_memory=args.peers_keep_memory)) as peers:
+      Peers(args.peers, threads(), pathlib.Path(folder))) as peers:
     for figure in figures(names, Session(peers, args.quick)):
       lines.append({**judged(figure, on_accelerator()), "quick": args.quick})
       emit("run", **lines[-1])
-    results = {**facts, "peers": peers.versions,
-               "peers_keep_memory": args.peers_keep_memory, "quick": args.quick, "only": names,
+    results = {**facts, "peers": peers.versions, "quick": args.quick, "only": names,
                "figures": lines}
   if args.out:
     pathlib.Path(args.out).write_text(json.dumps(results, indent=2) + "\n")

@@ -16,7 +16,6 @@ import argparse
 from collections.abc import Mapping
 import contextlib
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -26,7 +25,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from timing import Sample, medians, sample_of
 
-from mtl_jax.experiment import build, config, datasets, fields, memory, seeds
+from mtl_jax.experiment import build, config, datasets, fields, seeds
 from mtl_jax.models import SHARINGS
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
 
@@ -126,7 +125,6 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--workdir", default="runs/sharing")
   args = parser.parse_args()
-  memory.keep(os.environ)
 
   for data in args.data.split(","):
     records = measure(args, data)

@@ -12,7 +12,6 @@ machine disturbs them alike.
 import argparse
 from collections.abc import Sequence
 import functools
-import os
 from typing import Any
 
 import jax
@@ -20,10 +19,10 @@ from timing import emit, medians, sample_of
 
 import mtl_jax
 from mtl_jax import balancing, models, tasks
-from mtl_jax.experiment import memory
 from mtl_jax.training.engines import ENGINES
 from mtl_jax.training.optimizer import optimizer
-from mtl_jax.training.sharding import data_mesh, replicated, sharded_step, split
+from mtl_jax.training.sharding import data_mesh, replicated, sharded_resident_steps, \
+    sharded_step, split
 from mtl_jax.training.task_gradients import check_engine
 
 
@@ -74,16 +73,19 @@ def random_batch(some_tasks: Sequence[tasks.Task], batch_size: int) -> dict[str,
 
 def build(balancer: balancing.Balancer, engine: str, *, num_tasks: int, batch_size: int,
           own_streams: bool = False, trunk: str = "cnn",
-          precision: str = "float32") -> tuple[Any, Any, Any]:
-  """A step to be compiled, its state and its batch."""
+          precision: str = "float32", in_one: int = 0) -> tuple[Any, Any, Any]:
+  """A step to be compiled, or `in_one` of them in one program; its state and its batch."""
   statics = statics_of(balancer, num_tasks=num_tasks, own_streams=own_streams, trunk=trunk)
   statics["gradients"] = "exact" if engine == "none" else engine
   batch = random_batch(statics["tasks"], batch_size)
   mesh = data_mesh()
   # Not under jit, so that many variants share the compilations of a few operations.
   state = jax.device_put(mtl_jax.create_train_state(0, batch, **statics), replicated(mesh))
-  step = sharded_step(functools.partial(mtl_jax.train_step, **statics, precision=precision), mesh)
-  return step, state, jax.device_put(batch, split(mesh))
+  step = functools.partial(mtl_jax.train_step, **statics, precision=precision)
+  if in_one:
+    return (sharded_resident_steps(step, lambda batch, state: batch, mesh, in_one), state,
+            jax.device_put(batch, replicated(mesh)))
+  return sharded_step(step, mesh), state, jax.device_put(batch, split(mesh))
 
 
 def main() -> None:
@@ -98,7 +100,6 @@ def main() -> None:
   parser.add_argument("--engines", default="", help="separated by commas; all if empty")
   args = parser.parse_args()
 
-  memory.keep(os.environ)
   samples, megabytes = {}, {}
   for balancer, engine in variants(args.tasks, args.own_streams):
     if args.only and balancer.name not in ("equal", *args.only.split(",")):

@@ -253,3 +253,19 @@ def test_a_trunk_without_a_forward_derivative_is_refused():
   state, batch, step = start(balancer=balancing.mgda(), gradients="matrix_free", trunk=Backwards())
   with pytest.raises(TypeError, match="forward-mode autodiff .* to a custom_vjp function"):
     step(state, batch)
+
+
+def test_exact_gradients_keep_one_tasks_maps_in_memory():
+  """More tasks add rows, and no maps of a batch: each task's are as large as those of equal."""
+  def megabytes(num_tasks, balancer):
+    state, batch, step, *_ = make(("s",) * num_tasks, balancer,
+                                  trunk=models.CNN(channels=(16,), width=2, pool="mean"))
+    batch["s"]["image"] = jnp.zeros((64, 32, 32, 3))
+    batch["s"] = {name: jnp.resize(x, (64, *x.shape[1:])) for name, x in batch["s"].items()}
+    program = jax.jit(step).lower(state, batch).compile()
+    return program.memory_analysis().temp_size_in_bytes / 2 ** 20
+
+  maps = 64 * 32 * 32 * 16 * 4 / 2 ** 20
+  equal = megabytes(2, balancing.equal())
+  assert equal > maps
+  assert megabytes(6, balancing.mgda()) < equal + 1.5 * maps

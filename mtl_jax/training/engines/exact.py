@@ -19,12 +19,19 @@ def exact() -> Engine:
 
 def rows_of(backward: Backward, part: int) -> Any:
   """Gradients of the shared parameters, stacked: leaves [T, ...]."""
-  grads = backward.feature_grads[part]
+  grads, pull = backward.feature_grads[part], backward.pulls[part]
+  taking_part = [task for task, grad in grads.items() if grad is not None]
+  if (backward.one_stream and backward.one_representation
+      and len(grads) == len(taking_part) > 1):
+    # All tasks read the same features, so that the way back from one is that from each. In a loop
+    # it is compiled once, and the maps of one task only are in memory.
+    stacked = jax.tree.map(lambda *tasks: jnp.stack(tasks), *grads.values())
+    return jax.lax.map(lambda grad: pull({taking_part[0]: grad}), stacked)
   rows = None
-  for i, (task, grad) in enumerate(grads.items()):
-    if grad is None:
+  for i, task in enumerate(grads):
+    if task not in taking_part:
       continue
-    row = backward.pulls[part]({task: grad})
+    row = pull({task: grads[task]})
     if rows is None:
       rows = jax.tree.map(lambda x: jnp.zeros((len(grads), *x.shape), x.dtype), row)
     # Written in place one by one: stacked, they would all be in memory twice.
