@@ -269,3 +269,20 @@ def test_exact_gradients_keep_one_tasks_maps_in_memory():
   equal = megabytes(2, balancing.equal())
   assert equal > maps
   assert megabytes(6, balancing.mgda()) < equal + 1.5 * maps
+
+
+class PlainConvolution(nn.Module):
+
+  @nn.compact
+  def __call__(self, images):
+    return nn.Conv(2, (2, 2))(images).mean(axis=(1, 2))
+
+
+@pytest.mark.parametrize("trunk, loops", [(Trunk(), True), (PlainConvolution(), False)])
+def test_exact_gradients_come_from_a_loop_where_loops_are_fast(trunk, loops):
+  """On CPUs XLA's own convolutions are not, and a trunk that is not ours may have them."""
+  state, batch, step, *_ = make(balancer=balancing.mgda(), trunk=trunk)
+  program = jax.make_jaxpr(step)(state, batch).jaxpr
+  bodies = [str(eqn.params["jaxpr"]) for eqn in program.eqns
+            if eqn.primitive.name == "scan" and eqn.params["length"] == 3]
+  assert any(word in body for body in bodies for word in ("dot_general", "conv_general")) == loops
