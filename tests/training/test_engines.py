@@ -255,6 +255,7 @@ def test_a_trunk_without_a_forward_derivative_is_refused():
     step(state, batch)
 
 
+@pytest.mark.slow
 def test_exact_gradients_keep_one_tasks_maps_in_memory():
   """More tasks add rows, and no maps of a batch: each task's are as large as those of equal."""
   def megabytes(num_tasks, balancer):
@@ -278,7 +279,8 @@ class PlainConvolution(nn.Module):
     return nn.Conv(2, (2, 2))(images).mean(axis=(1, 2))
 
 
-@pytest.mark.parametrize("trunk, loops", [(Trunk(), True), (PlainConvolution(), False)])
+@pytest.mark.parametrize("trunk, loops", [
+    pytest.param(Trunk(), True, marks=pytest.mark.slow), (PlainConvolution(), False)])
 def test_exact_gradients_come_from_a_loop_where_loops_are_fast(trunk, loops):
   """On CPUs XLA's own convolutions are not, and a trunk that is not ours may have them."""
   state, batch, step, *_ = make(balancer=balancing.mgda(), trunk=trunk)
