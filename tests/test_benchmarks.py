@@ -22,7 +22,7 @@ def load(name):
   return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("own_streams", [False, True])
+@pytest.mark.parametrize("own_streams", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_variant_of_the_step_traces(own_streams):
   """Each balancer with each engine that the benchmark gives it, without computing."""
   step = load("step")
@@ -85,6 +85,7 @@ def test_a_missing_peer_is_said():
   peers.close()
 
 
+@pytest.mark.slow
 def test_the_bare_step_beside_the_loop_trains_on_a_batch_of_the_experiment():
   config = tiny_config()
   given = {stream: tiny_source(stream) for stream in config.data.streams}

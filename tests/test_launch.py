@@ -101,6 +101,7 @@ def kill_and_compare(tmp_path, environment, whole, deaths):
   assert again.returncode == 0 and "reproduced exactly" in again.stdout
 
 
+@pytest.mark.slow
 def test_killed_launches_end_as_one_that_was_not(tmp_path, environment, whole):
   kill_and_compare(tmp_path, environment, whole, deaths=[100, 7])
 

@@ -192,6 +192,7 @@ def test_a_saved_and_restored_state_goes_on_bit_for_bit(row):
   testing.check_resumes(row.build(3))
 
 
+@pytest.mark.slow
 def test_all_states_go_through_one_checkpoint(tmp_path):
   """Each as it is after a step; what comes back has the same types, shapes, dtypes and bits."""
   states = {str(index): testing.decider(row.build(3), 3)(testing.normal(3))[2]

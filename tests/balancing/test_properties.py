@@ -72,6 +72,7 @@ def test_mgda_reaches_the_minimum(num_tasks, normalization):
     assert slack.min() >= -(1e-5 * value + rounding)
 
 
+@pytest.mark.slow
 def test_mgda_agrees_with_slsqp_in_float64():
   rng = np.random.default_rng(3)
   with jax.enable_x64(True):

@@ -129,6 +129,7 @@ def program(seed, num_tasks=4, parameters=6):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("slack", [0.1, 2.0])
+@pytest.mark.slow
 def test_forum_solves_its_program(seed, slack):
   """λ and ν of the first step against scipy's general solver; and q falls as asked."""
   train, held_out = program(seed)

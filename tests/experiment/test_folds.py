@@ -29,6 +29,7 @@ def test_every_example_is_held_out_once():
   assert order(np.concatenate(held_out)) == order(images)
 
 
+@pytest.mark.slow
 def test_folds_continue_and_are_summed_up(tmp_path, monkeypatch):
   config = fields.complete(tiny_config(**CHANGES))
   whole = folds.train(config, tmp_path / "whole")

@@ -10,7 +10,7 @@ from tests.experiment.conftest import make, records
 
 REQUIRED = {"fixed": {"balancer.weights": {"a": 1.0, "b": 0.5}},
             "pivrg": {"balancer.scores": {"a": 2.0, "b": -1.0}}}
-QUICK = ("mgda", "trimmed_mean")  # by the Gramian, by the gradients
+QUICK = ("mgda",)
 
 
 @pytest.mark.parametrize("name", [

@@ -12,15 +12,15 @@ DEATHS = [("step", 4), ("save", 1), ("step", 3)]
 
 @pytest.mark.parametrize("fields", [
     pytest.param({"schedule.name": "alternating", "data.engine": "resident",
-                  "train.steps_per_call": 3}, id="resident-alternating",
-                 marks=pytest.mark.slow),
+                  "train.steps_per_call": 3}, id="resident-alternating"),
     pytest.param({"schedule.name": "sampled", "schedule.temperature": 2.0, "data.engine": "grain",
                   "balancer.name": "mgda"}, id="grain-sampled"),
     pytest.param({"schedule.name": "curriculum", "schedule.start": {"b": 0.4},
                   "schedule.easy_first": 0.8, "schedule.weights": {"a": {
                       "name": "linear_schedule", "init_value": 0.5, "end_value": 1.0,
-                      "transition_steps": 6}}}, id="curriculum", marks=pytest.mark.slow),
+                      "transition_steps": 6}}}, id="curriculum"),
 ])
+@pytest.mark.slow
 def test_deaths_change_nothing(tmp_path, monkeypatch, fields):
   loop.train(make(**fields), tmp_path / "whole")
   run_with_deaths(make(**fields), tmp_path / "broken", monkeypatch, DEATHS)

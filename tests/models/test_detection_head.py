@@ -53,6 +53,7 @@ def test_reaches_leave_no_gap_where_sizes_are_odd():
   np.testing.assert_array_equal(reach[1:, 0], reach[:-1, 1])
 
 
+@pytest.mark.slow
 def test_it_starts_with_rare_classes_and_small_boxes_around_their_location():
   head = models.Detection(num_outputs=5, channels=8, depth=1, prior=0.02)
   maps = maps_of((32, 32), (4, 8))

@@ -232,6 +232,7 @@ def test_both_engines_give_the_gradient_of_the_sum(streams):
   assert_close(taken["exact"], jax.tree.map(lambda x: x.sum(axis=0), rows))
 
 
+@pytest.mark.slow
 def test_exact_weights_are_those_of_the_shared_parameters():
   state, batch, step, _, some_tasks = stepper(TWO, balancing.mgda(), "exact")
   new, logs = step(state, batch)
@@ -248,6 +249,7 @@ def test_exact_weights_are_those_of_the_shared_parameters():
 
 
 @pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.slow
 def test_features_gramian_is_over_all_maps(streams):
   state, batch, step, model, some_tasks = stepper(streams, balancing.mgda(), "features")
   _, logs = step(state, batch)

@@ -69,7 +69,8 @@ BATCH = {"x": {"image": jax.random.normal(jax.random.key(1), (4, 6, 6, 3))},
          "y": {"image": jax.random.normal(jax.random.key(2), (3, 6, 6, 3))}}
 
 
-@pytest.mark.parametrize("sharing", ["hard", "independent"])  # the others have tests of their own
+@pytest.mark.parametrize("sharing", [
+    "hard", pytest.param("independent", marks=pytest.mark.slow)])  # the others have tests of their own
 def test_owner_tells_whose_loss_a_parameter_moves(sharing):
   """The declared owner against the truth: which outputs depend on the parameter."""
   model = model_of(sharing, {"a": "x", "b": "x", "c": "y"})

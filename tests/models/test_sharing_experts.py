@@ -198,7 +198,8 @@ def test_a_decided_gate_has_k_experts(reads):
   np.testing.assert_allclose(wide.sum(), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("gate_input", ["nothing", "stem", "pixels"])
+@pytest.mark.parametrize("gate_input", [
+    "nothing", "pixels", pytest.param("stem", marks=pytest.mark.slow)])
 def test_dselect_k_mixes_by_its_gates(gate_input):
   sharing = models.DSelectK(CNN, ("a", "b"), experts=3, gate_input=gate_input)
   variables, images = filled(sharing, TWO), images_of(TWO)

@@ -39,6 +39,7 @@ def stepper(name, learning_rate=1.0, balancer=None, **kwargs):
   return state, batch, functools.partial(mtl_jax.train_step, **statics), model
 
 
+@pytest.mark.slow
 def test_without_strength_trunks_are_independent():
   taken = {}
   for name, kwargs in (("soft", {"strength": 0.0}), ("independent", {})):

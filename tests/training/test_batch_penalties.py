@@ -149,7 +149,8 @@ def test_the_step_descends_the_losses_and_the_entropy_of_all_gates(name):
 
 @pytest.mark.parametrize("name, extra", [
     ("imtl_g", {"diagnose_every": 1, "gradients": "features"}),
-    *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("modo", "auto_lambda", "famo"))])
+    *((name, {}) for name in ("modo", "auto_lambda", "famo"))])
+@pytest.mark.slow
 def test_it_is_added_after_balancing_whatever_the_balancer(name, extra):
   """Weights, Gramian and what the balancer keeps do not see it; parts and look-aheads work."""
   results = []
@@ -184,6 +185,7 @@ def test_known_gates_have_known_entropies(fields, shares, expected):
                              3 * fields["gate_entropy"] * expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_selectors_that_read_the_examples_have_the_papers_entropy():
   """The mean over examples, summed over two selectors and tasks, beside that of the weights."""
   state, batch, step = make("dselect_k", entropy=0.3, gate_entropy=STRENGTH)

@@ -18,6 +18,7 @@ def is_frozen(path):
   return "a" in path or path == ("heads_t1", "bias")
 
 
+@pytest.mark.slow
 def test_the_gramian_and_the_norms_are_those_of_what_moves():
   state, batch, step, model, some_tasks = make(
       balancer=balancing.mgda(), frozen=FROZEN, opt=by_part(optax.sgd(1.0), freeze=FROZEN),

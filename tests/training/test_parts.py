@@ -25,8 +25,8 @@ def shared_rows(state, part, model, some_tasks):
   return np.stack([flat(row["sharing"]) for row in plain_jacobian(state, part, model, some_tasks)])
 
 
-@pytest.mark.parametrize("streams", [
-    pytest.param(("s", "s", "s"), marks=pytest.mark.slow), ("s", "r", "r")])
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [("s", "s", "s"), ("s", "r", "r")])
 def test_modo_weighs_one_third_by_the_other_two(streams):
   state, batch, step, model, some_tasks = make(streams, balancing.modo(weight_step=0.5))
   new, logs = jax.jit(step)(state, batch)
@@ -43,6 +43,7 @@ def test_modo_weighs_one_third_by_the_other_two(streams):
     assert_close(taken[f"heads_{task.name}"], rows[i][f"heads_{task.name}"])
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_whole_batch():
   state, batch, step, _, some_tasks = make(balancer=balancing.modo())
   _, logs = jax.jit(step)(state, batch)
@@ -152,6 +153,7 @@ def test_eight_devices_are_one(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *results)
 
 
+@pytest.mark.slow
 def test_amortised_methods_look_ahead_when_due():
   state, batch, step, _, _ = make(balancer=balancing.get("auto_lambda", every=2))
   jitted, weights = jax.jit(step), []
@@ -170,6 +172,7 @@ def test_too_small_a_batch_is_named():
     jax.eval_shape(step, state, small)
 
 
+@pytest.mark.slow
 def test_nothing_shared_needs_no_products():
   state, batch, step, _, _ = make(balancer=balancing.modo(), sharing="independent")
   _, logs = jax.jit(step)(state, batch)
