@@ -121,7 +121,7 @@ def figure_of(key: str, what: str, found: dict[Any, float], over: Any, under: An
 
 
 def _against_eager(session: Session, key: str, size: dict[str, Any]) -> Iterator[Figure]:
-  """Our equal-weights step against PyTorch's in the layout that is faster there."""
+  """Our equal-weights step, alone and several in one program, against PyTorch's faster layout."""
   samples = {}
   samples["ours"], logs = session.ours("equal", **size)
   several, _ = session.ours("equal", in_one=_IN_ONE, **size)

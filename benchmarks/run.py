@@ -14,7 +14,8 @@ losses are compared. What is reproduced of LibMTL, which is no package, says `li
 step also counts its metrics and takes norms for the logs; the peers' steps do neither. On
 accelerators both multiply float32 in TensorFloat-32.
 
-  equal        the reference network with equal weights against PyTorch eager
+  equal        the reference network with equal weights against PyTorch eager, one step a call and
+               eight in one program
   exact        methods by exact task gradients against LibMTL's way, TorchJD, and equal weights
   own_streams  two data sets, methods against equal weights
   many_tasks   forty tasks: engines against equal weights, in time and in memory

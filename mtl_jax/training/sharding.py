@@ -2,7 +2,8 @@
 
 Parameters and everything else that moves are replicated, batches are split along their first axis;
 XLA inserts the reductions, so that losses, BatchNorm statistics and task gradients are those of the
-whole batch whatever the number of devices.
+whole batch whatever the number of devices. What these functions compile is a program of its own: it
+has options for its devices, so that JAX lets no other jit contain it.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def check_divides(batch_size: int, mesh: Mesh) -> None:
 
 
 def _compile(function: Callable, mesh: Mesh, **how: Any) -> Callable:
-  """`jax.jit`, of a program that no other contains, with what is fast on the mesh's devices."""
+  """`jax.jit` with what is fast on the mesh's devices."""
   return jax.jit(function, compiler_options=_options(mesh.devices.flat[0].platform), **how)
 
 
@@ -56,8 +57,10 @@ def _options(platform: str) -> dict[str, str] | None:
     return None
   try:
     jax.jit(lambda: 0, compiler_options=_ON_CPU).lower().compile()
-  except jax.errors.JaxRuntimeError:  # an XLA without this option
-    return None
+  except jax.errors.JaxRuntimeError as error:
+    if "INVALID_ARGUMENT" not in str(error):
+      raise
+    return None  # an XLA without this option
   return _ON_CPU
 
 
