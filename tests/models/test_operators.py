@@ -16,7 +16,7 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 # images, kernel, strides, padding; between them the batch is in one slice, in whole ones and not
 CASES = {
     "3x3": ((3, 5, 6, 4), (3, 3, 4, 2), (1, 1), "SAME"),
-    "3x3 whole slices": ((16, 24, 22, 4), (3, 3, 4, 5), (1, 1), "SAME"),
+    "3x3 whole slices": ((32, 24, 22, 4), (3, 3, 4, 5), (1, 1), "SAME"),
     "3x3 part of a slice": ((17, 24, 22, 5), (3, 3, 5, 2), (1, 1), "SAME"),
     "3x3 small maps": ((70, 4, 4, 4), (3, 3, 4, 2), (1, 1), "SAME"),
     "3x3 few channels": ((3, 5, 6, 3), (3, 3, 3, 1), (1, 1), "VALID"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.operators import conv, max_pool
+from mtl_jax.models.operators import conv_max_pool
 from mtl_jax.models.trunks.trunk import Trunk, check_images
 
 
@@ -25,8 +25,7 @@ class _Convolution(nn.Module):
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[3], self.channels))
     bias = self.param("bias", nn.initializers.zeros, (self.channels,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=None)
-    x = conv(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return nn.relu(max_pool(x, (2, 2), (2, 2)) + bias[None, None, None])
+    return nn.relu(conv_max_pool(x, kernel, "SAME", (2, 2)) + bias[None, None, None])
 
 
 class CNN(Trunk):

@@ -1,0 +1,328 @@
+"""Convolutions as primitives: on CPUs, XLA has weak points that these go around.
+
+A convolution is fast there only in canonical form, `NHWC, HWIO -> NHWC` with no kernel reversed;
+XLA brings gradients into it in a program's outermost computation only, so that in a loop or a
+branch they are many times slower. The gradient of a kernel has the whole batch as the channels of
+one convolution, which leaves the cache; so does a map that is pooled at once. A convolution of the
+three colours of an image reads them one by one.
+
+A convolution, the gradient of its input and that of its kernel are derivatives of one trilinear
+form <convolution(x, kernel), cotangent>. Here each is a primitive, canonical from the start, and
+all transposes and derivatives of the three are among the three. Where the convolution is followed
+by max-pooling, the form sees of each window the entry at one place, where its first maximum is:
+the places go with the operands, and the windows are only ever in memory for a slice of the batch.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+import jax.numpy as jnp
+
+from mtl_jax.models.operators.max_pooling import at_places, first_maxima, to_places, windows
+from mtl_jax.models.operators.slices import map_slices, sum_slices
+from mtl_jax.models.operators.window import Window
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+_PACKET = 4  # channels that are read at once; fewer are read one by one
+_EXAMPLES = 16  # of a slice of the batch, at least
+_POSITIONS = 512  # of a slice's maps, at least; small maps are sliced more coarsely
+
+
+def conv(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+  """[B, H, W, C], [h, w, C, D] -> [B, H', W', D]."""
+  return _forward_p.bind(x, kernel, window=window)
+
+
+def conv_max_pool(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+  """[B, H, W, C], [h, w, C, D] -> [B, H'', W'', D], the maxima of the window's pools."""
+  return _first_p.bind(x, kernel, window=window)[0]
+
+
+def _first(x: jax.Array, kernel: jax.Array, *, window: Window) -> tuple[jax.Array, jax.Array]:
+  """The first maximum of each pool, [B, H'', W'', D], and its place."""
+  return map_slices(lambda x: first_maxima(_values(x, kernel, window)), _slice(window), x)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
+  """[B, H, W, C], [h, w, C, D] -> [B, H', W', D], or [B, H'', W'', D] at places."""
+  if not place:
+    return _map(x, kernel, window)
+  return map_slices(lambda x, place: at_places(_values(x, kernel, window), place),
+                    _slice(window), x, *place)
+
+
+def _input_gradient(ct: jax.Array, kernel: jax.Array, *place: jax.Array,
+                    window: Window) -> jax.Array:
+  """[B, H', W', D], [h, w, C, D] -> [B, H, W, C]."""
+  if not place:
+    return _map_gradient(ct, kernel, window)
+  return map_slices(lambda ct, place: _map_gradient(_unpooled(ct, place, window), kernel, window),
+                    _slice(window), ct, *place)
+
+
+def _kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
+  """[B, H, W, C], [B, H', W', D] -> [h, w, C, D]; summed in float32 or better."""
+  dtype = _sum_dtype(x)
+  if place and _in_blocks(window, x.shape[3]):
+    return _kernel_gradient_in_blocks(x, ct, *place, window=window)
+  if window.pointwise and not place:
+    x = _positions(x, window).reshape(-1, x.shape[3])
+    return _dot(x.T, ct.reshape(-1, ct.shape[3])).reshape(1, 1, x.shape[1], -1)
+  pads = [(low, size + reach - 1 - image - low) for image, size, reach, (low, _) in
+          zip(window.image, window.kernel, window.reach, window.padding)]
+
+  def of(x: jax.Array, ct: jax.Array, *place: jax.Array) -> jax.Array:
+    if place:
+      ct = _unpooled(ct, *place, window)
+    # The cotangent is a kernel that moves over the image; examples are the channels.
+    x, ct = x.transpose(3, 1, 2, 0).astype(dtype), ct.transpose(1, 2, 0, 3).astype(dtype)
+    return _canonical(x, ct, (1, 1), pads, rhs_dilation=window.strides)
+
+  total = sum_slices(of, _slice(window), x, ct, *place)
+  return total.transpose(1, 2, 0, 3).astype(x.dtype)
+
+
+def _slice(window: Window) -> int:
+  """Examples of a slice, a multiple of 8."""
+  return 8 * math.ceil(max(_EXAMPLES, _POSITIONS / math.prod(window.out)) / 8)
+
+
+def _map(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+  """The convolution [B, H', W', D]."""
+  if window.pointwise:
+    return _dot(_positions(x, window), kernel[0, 0])
+  return _canonical(x, kernel, window.strides, window.padding)
+
+
+def _map_gradient(ct: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+  """The gradient of its input, [B, H, W, C]."""
+  if window.pointwise:
+    holes = [(0, image - reach, stride - 1) for image, reach, stride in
+             zip(window.image, window.reach, window.strides)]
+    at_positions = _dot(ct, kernel[0, 0].T)
+    return lax.pad(at_positions, jnp.zeros((), ct.dtype), [(0, 0, 0), *holes, (0, 0, 0)])
+  pads = []
+  for image, size, reach, (low, _) in zip(window.image, window.kernel, window.reach,
+                                          window.padding):
+    pads.append((size - 1 - low, image + low - reach))
+  mirrored = kernel[::-1, ::-1].swapaxes(2, 3)
+  return _canonical(ct, mirrored, (1, 1), pads, lhs_dilation=window.strides)
+
+
+def _positions(x: jax.Array, window: Window) -> jax.Array:
+  """Where a 1x1 kernel looks: [B, H', W', C]."""
+  return x[:, ::window.strides[0], ::window.strides[1]]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  """[…, N], [N, M] -> […, M], summed in float32 or better."""
+  product = lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())),
+                            preferred_element_type=_sum_dtype(a))
+  return product.astype(a.dtype)
+
+
+def _sum_dtype(x: jax.Array) -> jnp.dtype:
+  return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def _canonical(x: jax.Array, kernel: jax.Array, strides: Sequence[int],
+               padding: Sequence[tuple[int, int]], lhs_dilation: Sequence[int] = (1, 1),
+               rhs_dilation: Sequence[int] = (1, 1)) -> jax.Array:
+  """XLA's convolution in its fast layout; a stride-1 one of few channels with zeros for more."""
+  few = isinstance(x.shape[3], int) and x.shape[3] < _PACKET
+  if few and tuple(strides) == tuple(lhs_dilation) == (1, 1):
+    missing = _PACKET - x.shape[3]
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)])
+    kernel = jnp.pad(kernel, [(0, 0), (0, 0), (0, missing), (0, 0)])
+  return lax.conv_general_dilated(x, kernel, strides, padding, lhs_dilation=lhs_dilation,
+                                  rhs_dilation=rhs_dilation, dimension_numbers=LAYOUT)
+
+
+def _unpooled(ct: jax.Array, place: jax.Array, window: Window) -> jax.Array:
+  """Cotangents of pools at their places in the map, [B, H', W', D]."""
+  x = to_places(ct, place, window.pool)
+  x = x.reshape(x.shape[0], *(n * size for n, size in zip(window.pooled, window.pool)), -1)
+  rest = [(0, out - size) for out, size in zip(window.out, x.shape[1:3])]
+  return jnp.pad(x, [(0, 0), *rest, (0, 0)])
+
+
+def _values(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+  """All pools' values, side by side [B, H'', h, W'', w, D] or in one row [B, H'', 1, W'', hw, D]."""
+  if not _in_blocks(window, x.shape[3]):
+    return windows(_map(x, kernel, window), window.pool)
+  values = _canonical(_blocks(x, window), _kernels(kernel, window), (1, 1), ((0, 0), (0, 0)))
+  return values.reshape(x.shape[0], window.pooled[0], 1, window.pooled[1], -1, kernel.shape[3])
+
+
+def _in_blocks(window: Window, channels: int) -> bool:
+  """Whether few channels are better read in blocks: in packets, for more products.
+
+  A pool's values are products of the part of the image under all of them, blocks as large as the
+  pool, with the kernel at every place of the pool.
+  """
+  rows, columns = (pool * n for pool, n in zip(window.pool, _blocks_of_pool(window)))
+  return (window.strides == (1, 1) and channels < _PACKET
+          and rows * columns * channels <= 2 * math.prod(window.kernel) * _PACKET)
+
+
+def _blocks_of_pool(window: Window) -> list[int]:
+  return [math.ceil((size + pool - 1) / pool) for size, pool in zip(window.kernel, window.pool)]
+
+
+def _blocks(x: jax.Array, window: Window) -> jax.Array:
+  """Images [B, H, W, C] as blocks of the pool's size, as channels: [B, rows, columns, hwC]."""
+  counts = [n + more - 1 for n, more in zip(window.pooled, _blocks_of_pool(window))]
+  pads = [(low, count * pool - low - image, 0) for image, count, pool, (low, _) in
+          zip(window.image, counts, window.pool, window.padding)]
+  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+  (rows, columns), (height, width) = counts, window.pool
+  x = x.reshape(x.shape[0], rows, height, columns, width, x.shape[3])
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows, columns, -1)
+
+
+def _kernels(kernel: jax.Array, window: Window) -> jax.Array:
+  """The kernel [h, w, C, D] at each place of a pool, for blocks: [rows, columns, …C, …D]."""
+  (rows, columns), (height, width) = _blocks_of_pool(window), window.pool
+  rest = (rows * height - kernel.shape[0], columns * width - kernel.shape[1])
+  kernels = jnp.stack([jnp.pad(kernel, [(i, rest[0] - i), (j, rest[1] - j), (0, 0), (0, 0)])
+                       for i in range(height) for j in range(width)], 3)
+  kernels = kernels.reshape(rows, height, columns, width, *kernels.shape[2:])
+  kernels = kernels.transpose(0, 2, 1, 3, 4, 5, 6)
+  return kernels.reshape(rows, columns, height * width * kernel.shape[2], -1)
+
+
+def _kernel_gradient_in_blocks(x: jax.Array, ct: jax.Array, place: jax.Array,
+                               window: Window) -> jax.Array:
+  dtype = _sum_dtype(x)
+  rows, columns = _blocks_of_pool(window)
+
+  def of(x: jax.Array, ct: jax.Array, place: jax.Array) -> jax.Array:
+    blocks = _blocks(x, window)
+    under = jnp.concatenate([blocks[:, i:i + window.pooled[0], j:j + window.pooled[1]]
+                             for i in range(rows) for j in range(columns)], 3)
+    ct = to_places(ct, place, (1, math.prod(window.pool)))
+    return lax.dot(under.reshape(-1, under.shape[3]).T,
+                   ct.reshape(-1, ct.shape[4] * ct.shape[5]), preferred_element_type=dtype)
+
+  total = sum_slices(of, _slice(window), x, ct, place)
+  kernel = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], ct.shape[3]), dtype)
+  kernels = jax.eval_shape(lambda kernel: _kernels(kernel, window), kernel)
+  total, = jax.linear_transpose(lambda kernel: _kernels(kernel, window), kernel)(
+      total.reshape(kernels.shape))
+  return total.astype(x.dtype)
+
+
+def _primitive(name: str, of: Callable[..., Any], shape: Callable[[Any, Any, Window], Any],
+               by_example: bool) -> Primitive:
+  """A primitive that computes `of(a, b, window=window)` or, linear as well, `of(a, b, place, …)`.
+
+  Args:
+    name: in programs.
+    of: the function; it may give several arrays.
+    shape: abstract results, from those of a and b.
+    by_example: whether the results have an entry for each of `a`.
+  """
+  primitive = Primitive(name)
+  primitive.def_impl(jax.jit(of, static_argnames="window"))
+  primitive.def_abstract_eval(lambda a, b, *_, window: shape(a, b, window))
+
+  def batched(args: Sequence[jax.Array], axes: Sequence[int | None], *,
+              window: Window) -> tuple[Any, Any]:
+    args = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes)]
+    moved = [i for i, axis in enumerate(axes) if axis is not None]
+
+    def one(slices: Sequence[jax.Array]) -> Any:
+      operands = list(args)
+      for i, x in zip(moved, slices):
+        operands[i] = x
+      return primitive.bind(*operands, window=window)
+    a, b = args[:2]
+    if (by_example and len(args) == 2 and moved == [0] and isinstance(a.shape[1], int)
+        and a.shape[1] < _EXAMPLES):
+      found = primitive.bind(a.reshape(-1, *a.shape[2:]), b, window=window)
+      found = jax.tree.map(lambda x: x.reshape(*a.shape[:2], *x.shape[1:]), found)
+    else:
+      # A large batch in one piece leaves the cache, and one split over devices would have to move.
+      found = lax.map(one, [args[i] for i in moved])
+    return found, jax.tree.map(lambda _: 0, found)
+
+  batching.primitive_batchers[primitive] = batched
+  return primitive
+
+
+def _of_shape(shape: Callable[[Any, Any, Window], tuple[Any, ...]]) -> Callable[..., Any]:
+  return lambda a, b, window: jax.core.ShapedArray(shape(a.shape, b.shape, window), a.dtype)
+
+
+def _maxima_and_places(x: Any, kernel: Any, window: Window) -> list[Any]:
+  shape = (x.shape[0], *window.pooled, kernel.shape[3])
+  return [jax.core.ShapedArray(shape, x.dtype), jax.core.ShapedArray(shape, jnp.uint8)]
+
+
+_forward_p = _primitive("conv", _forward, _of_shape(
+    lambda x, kernel, window: (x[0], *window.pooled, kernel[3])), by_example=True)
+_input_gradient_p = _primitive("conv_input_gradient", _input_gradient, _of_shape(
+    lambda ct, kernel, window: (ct[0], *window.image, kernel[2])), by_example=True)
+_kernel_gradient_p = _primitive("conv_kernel_gradient", _kernel_gradient, _of_shape(
+    lambda x, ct, window: (*window.kernel, x[3], ct[3])), by_example=False)
+_first_p = _primitive("conv_max_pool", _first, _maxima_and_places, by_example=True)
+_first_p.multiple_results = True
+for _p, _of in ((_forward_p, _forward), (_input_gradient_p, _input_gradient),
+                (_kernel_gradient_p, _kernel_gradient), (_first_p, _first)):
+  mlir.register_lowering(_p, mlir.lower_fun(_of, multiple_results=_p.multiple_results))
+
+
+def _bilinear(primitive: Primitive, to_a: Callable[..., jax.Array],
+              to_b: Callable[..., jax.Array]) -> None:
+  """Says that a primitive is linear in each of its first two operands, and its transposes."""
+  def jvp(primals: Sequence[jax.Array], tangents: Sequence[Any],
+          **how: Any) -> tuple[jax.Array, jax.Array]:
+    return primitive.bind(*primals, **how), _change(primitive, primals, tangents, **how)
+
+  def transpose(ct: Any, a: Any, b: Any, *place: jax.Array, **how: Any) -> list[Any]:
+    of_a = ad.is_undefined_primal(a)
+    if type(ct) is ad.Zero:
+      found = ad.Zero((a if of_a else b).aval)
+    else:
+      found = to_a(ct, b, *place, **how) if of_a else to_b(ct, a, *place, **how)
+    return [found if of_a else None, None if of_a else found, *(None for _ in place)]
+
+  ad.primitive_jvps[primitive] = jvp
+  ad.primitive_transposes[primitive] = transpose
+
+
+def _change(primitive: Primitive, primals: Sequence[jax.Array], tangents: Sequence[Any],
+            **how: Any) -> jax.Array:
+  """The derivative of a bilinear primitive along tangents of its first two operands."""
+  (a, b, *place), (da, db, *_) = primals, tangents
+  if type(db) is ad.Zero:
+    return primitive.bind(da, b, *place, **how)
+  change = primitive.bind(a, db, *place, **how)
+  return change if type(da) is ad.Zero else change + primitive.bind(da, b, *place, **how)
+
+
+_bilinear(_forward_p,
+          lambda ct, kernel, *place, **how: _input_gradient_p.bind(ct, kernel, *place, **how),
+          lambda ct, x, *place, **how: _kernel_gradient_p.bind(x, ct, *place, **how))
+_bilinear(_input_gradient_p,
+          lambda x, kernel, *place, **how: _forward_p.bind(x, kernel, *place, **how),
+          lambda x, ct, *place, **how: _kernel_gradient_p.bind(x, ct, *place, **how))
+_bilinear(_kernel_gradient_p,
+          lambda kernel, ct, *place, **how: _input_gradient_p.bind(ct, kernel, *place, **how),
+          lambda kernel, x, *place, **how: _forward_p.bind(x, kernel, *place, **how))
+
+
+def _first_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any],
+               *, window: Window) -> tuple[list[jax.Array], list[Any]]:
+  maxima, place = _first_p.bind(*primals, window=window)
+  change = _change(_forward_p, (*primals, place), tangents, window=window)
+  still = ad.Zero(jax.core.ShapedArray(place.shape, jax.dtypes.float0))
+  return [maxima, place], [change, still]
+
+
+ad.primitive_jvps[_first_p] = _first_jvp

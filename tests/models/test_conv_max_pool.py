@@ -1,0 +1,202 @@
+"""A convolution that is pooled at once equals one that is pooled afterwards."""
+
+import functools
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+
+from mtl_jax.models.operators import conv_max_pool
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+# images, kernel, padding, pool; between them kernels are read in blocks and not, in slices and not
+CASES = {
+    "in blocks": ((3, 6, 8, 3), (3, 3, 3, 2), "SAME", (2, 2)),
+    "in blocks and slices": ((19, 24, 22, 3), (3, 3, 3, 2), "SAME", (2, 2)),
+    "in blocks, with a rest": ((2, 9, 8, 1), (5, 4, 1, 3), "SAME", (2, 3)),
+    "in blocks, unpadded": ((2, 8, 9, 2), (2, 3, 2, 3), "VALID", (3, 2)),
+    "in blocks, shifted": ((2, 7, 8, 3), (3, 3, 3, 2), ((2, 3), (0, 1)), (2, 2)),
+    "few channels, large pools": ((2, 8, 8, 3), (1, 1, 3, 2), "SAME", (4, 4)),
+    "more channels": ((3, 6, 4, 5), (3, 3, 5, 4), "SAME", (2, 2)),
+    "more channels in slices": ((19, 24, 22, 4), (3, 3, 4, 2), "SAME", (2, 2)),
+    "more channels, with a rest": ((2, 7, 8, 4), (3, 3, 4, 2), "VALID", (2, 4)),
+    "small maps": ((70, 4, 4, 4), (3, 3, 4, 2), "SAME", (2, 2)),
+    "1x1": ((3, 4, 4, 6), (1, 1, 6, 3), "SAME", (2, 2)),
+    "pools of one": ((2, 4, 4, 4), (3, 3, 4, 2), "SAME", (1, 1)),
+}
+SOME = ("in blocks, with a rest", "more channels, with a rest")
+QUICK = (*SOME, "in blocks and slices", "in blocks, shifted", "small maps")
+
+
+def longer(cases, quick=QUICK):
+  return [pytest.param(case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+def pair(case, dtype=jnp.float32):
+  """Ours, XLA's two operations, and their operands."""
+  shape, kernel, padding, pool = CASES[case]
+  keys = jax.random.split(jax.random.key(0), 2)
+  operands = tuple(jax.random.normal(key, s, dtype) for key, s in zip(keys, (shape, kernel)))
+
+  def theirs(x, kernel):
+    return nn.max_pool(lax.conv_general_dilated(x, kernel, (1, 1), padding,
+                                                dimension_numbers=LAYOUT), pool, pool)
+  return functools.partial(conv_max_pool, padding=padding, pool=pool), theirs, operands
+
+
+def close(ours, theirs, tolerance=2e-5):
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max(initial=1))
+
+
+def gradients(f):
+  """Outputs of `f`, and both gradients of a function that is not linear in them."""
+  def run(*operands):
+    out, pullback = jax.vjp(f, *operands)
+    return out, pullback(out ** 2)
+  return run
+
+
+@pytest.mark.parametrize("case", longer(CASES))
+def test_outputs_and_both_gradients(case):
+  ours, theirs, operands = pair(case)
+  close(jax.jit(gradients(ours))(*operands), jax.jit(gradients(theirs))(*operands))
+  assert "conv_max_pool" in str(jax.make_jaxpr(ours)(*operands))
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_of_several_maxima_the_first_has_the_gradient(case):
+  ours, theirs, operands = pair(case)
+  operands = tuple(jnp.round(x) for x in operands)
+  close(*(jax.jit(gradients(f))(*operands) for f in (ours, theirs)))
+
+
+@pytest.mark.parametrize("case", longer(SOME, SOME[:1]))
+def test_forward_mode_and_second_order(case):
+  ours, theirs, operands = pair(case)
+  directions = tuple(jax.random.normal(jax.random.key(7 + i), x.shape)
+                     for i, x in enumerate(operands))
+
+  def all_of(f, forwards):
+    def run(operands, directions):
+      gradient = lambda *operands: gradients(f)(*operands)[1]
+      reverse_over = jax.grad(lambda *x: sum((g ** 2).sum() for g in gradient(*x)), (0, 1))(
+          *operands)
+      derivatives = reverse_over, gradients(jax.checkpoint(f))(*operands)
+      if not forwards:
+        return derivatives
+      along = jax.linearize(f, *operands)[1](*directions)
+      one = jax.jvp(lambda x: f(x, operands[1]), operands[:1], directions[:1])[1]
+      other = jax.jvp(lambda kernel: f(operands[0], kernel), operands[1:], directions[1:])[1]
+      return derivatives, along, one, other, jax.jvp(gradient, operands, directions)[1]
+    return jax.jit(run)(operands, directions)
+  derivatives, along, one, other, over_reverse = all_of(ours, True)
+  close(derivatives, all_of(theirs, False), 1e-4)
+  close(one + other, along)
+  # XLA's pooling has no derivative forwards of its gradient: reverse mode twice is the judge.
+  out, pull = jax.vjp(theirs, *operands)
+  backwards = pull(out)
+  close((along * out).sum(), sum((g * d).sum() for g, d in zip(backwards, directions)), 1e-4)
+  gradient = lambda *x: gradients(theirs)(*x)[1]
+  twice = jax.vjp(gradient, *operands)[1](directions)
+  close(sum((a * d).sum() for a, d in zip(over_reverse, directions)),
+        sum((a * d).sum() for a, d in zip(twice, directions)), 1e-4)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (2, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("case", longer(SOME, SOME[:1]))
+def test_mapped_over_images_kernels_or_both(case, axes):
+  ours, theirs, operands = pair(case)
+  mapped = tuple(x if axis is None else jnp.stack([x, -2 * x, x ** 2], axis)
+                 for x, axis in zip(operands, axes))
+
+  def all_of(f):
+    inside, outside = jax.vmap(gradients(f), axes), gradients(jax.vmap(f, axes, out_axes=-1))
+    return jax.jit(lambda *x: (inside(*x), outside(*x)))(*mapped)
+  close(all_of(ours), all_of(theirs), 1e-4)
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_mapped_over_cotangents_and_directions(case):
+  ours, theirs, operands = pair(case)
+  out, _ = jax.vjp(theirs, *operands)
+  cotangents = jax.random.normal(jax.random.key(3), (3, *out.shape))
+  close(*(jax.jit(lambda ct, f=f: jax.vmap(jax.vjp(f, *operands)[1])(ct))(cotangents)
+          for f in (ours, theirs)))
+  x, kernel = operands
+  directions = jax.random.normal(jax.random.key(4), (3, *kernel.shape))
+  _, along = jax.linearize(functools.partial(ours, x), kernel)
+  close(jax.vmap(along)(directions), jnp.stack([along(d) for d in directions]))
+
+
+@pytest.mark.parametrize("case", longer(("in blocks and slices", "small maps"), ("small maps",)))
+def test_in_half_precision_gradients_are_no_coarser(case):
+  ours, theirs, operands = pair(case, jnp.bfloat16)
+  close(ours(*operands), theirs(*operands), 1e-2)
+  # Exact in half precision, so that the maxima are in the same places.
+  operands = tuple(jnp.round(x) for x in operands)
+  exact = jax.grad(lambda *x: theirs(*x).sum(), 1)(*(x.astype(jnp.float32) for x in operands))
+  gradient = jax.grad(lambda *x: ours(*x).astype(jnp.float32).sum(), 1)(*operands)
+  assert gradient.dtype == jnp.bfloat16
+  close(gradient.astype(jnp.float32), exact, 1e-2)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_the_whole_map_is_never_in_memory(channels):
+  _, theirs, _ = pair("in blocks")
+  ours = functools.partial(conv_max_pool, padding="SAME", pool=(2, 2))
+  shapes = ((160, 24, 24, channels), (3, 3, channels, 64))
+  operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  bytes_of = lambda f: jax.jit(gradients(f)).lower(
+      *operands).compile().memory_analysis().temp_size_in_bytes
+  one_map = 4 * 160 * 24 * 24 * 64
+  assert bytes_of(ours) < one_map < bytes_of(theirs)
+
+
+@pytest.mark.parametrize("case", longer(("in blocks and slices", "more channels in slices"),
+                                        ("in blocks and slices",)))
+def test_eight_devices_equal_one_and_keep_their_examples(case):
+  ours, _, (x, kernel) = pair(case)
+  x = jnp.concatenate([x] * 4)[:64]
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+  run = jax.jit(gradients(ours), in_shardings=(split, everywhere),
+                out_shardings=(split, (split, everywhere)))
+  close(run(x, kernel), gradients(ours)(x, kernel))
+  text = run.lower(x, kernel).compile().as_text()
+  assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_exported_for_any_batch():
+  ours, theirs, (x, kernel) = pair("in blocks and slices")
+  batch, = jax.export.symbolic_shape("b")
+  images = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+  exported = jax.export.export(jax.jit(gradients(ours)))(
+      images, jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
+  again = jax.export.deserialize(exported.serialize())
+  close(again.call(x, kernel), gradients(theirs)(x, kernel))
+
+
+@pytest.mark.parametrize("images, pool", [
+    ((2, 34, 34, 4), (17, 17)), ((0, 8, 8, 4), (2, 2)), ((2, 1, 8, 4), (2, 2))], ids=str)
+def test_the_rest_is_pooled_afterwards(images, pool):
+  """Pools of more places than 8 bits count, no images, and images that are smaller than a pool."""
+  x, kernel = jnp.ones(images), jnp.ones((3, 3, 4, 2))
+  ours = functools.partial(conv_max_pool, padding="SAME", pool=pool)
+  assert "conv_max_pool" not in str(jax.make_jaxpr(ours)(x, kernel))
+  close(ours(x, kernel), nn.max_pool(lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT), pool, pool))
+
+
+def test_on_an_accelerator_both_are_xlas(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  ours, theirs, operands = pair("in blocks")
+  text = str(jax.make_jaxpr(ours)(*operands))
+  assert "conv_max_pool" not in text and "reduce_window_max" in text
+  close(ours(*operands), theirs(*operands))
