@@ -3,7 +3,7 @@
 On accelerators these are XLA's own.
 """
 
-from mtl_jax.models.operators.convolution import Conv, conv, conv_max_pool
+from mtl_jax.models.operators.convolution import Conv, conv, conv_relu_max_pool
 from mtl_jax.models.operators.max_pooling import max_pool
 
-__all__ = ["Conv", "conv", "conv_max_pool", "max_pool"]
+__all__ = ["Conv", "conv", "conv_relu_max_pool", "max_pool"]

@@ -10,7 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mtl_jax.models.operators import bilinear
+from mtl_jax.models.operators import cpu, primitives
 from mtl_jax.models.operators.max_pooling import max_pool, MOST_PLACES
 from mtl_jax.models.operators.window import window_of
 
@@ -48,7 +48,7 @@ def conv(lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int],
   if plain and _ours(lhs, rhs, dimension_numbers):
     window = window_of(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     if min(window.out) > 0:
-      return bilinear.conv(lhs, rhs, window)
+      return primitives.conv(lhs, rhs, window)
   return lax.conv_general_dilated(
       lhs, rhs, window_strides, padding, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation,
       dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
@@ -59,16 +59,18 @@ Conv = functools.partial(nn.Conv, conv_general_dilated=conv)
 """`nn.Conv` with `conv`; its parameters, their names and their initial values are the same."""
 
 
-def conv_max_pool(x: jax.Array, kernel: jax.Array, padding: str | Sequence[tuple[int, int]],
-                  pool: tuple[int, int]) -> jax.Array:
-  """A convolution of stride 1, then the maximum of each window of its output, side by side.
+def conv_relu_max_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array,
+                       padding: str | Sequence[tuple[int, int]],
+                       pool: tuple[int, int]) -> jax.Array:
+  """A convolution of stride 1 with bias, ReLU, and the maximum of each window, side by side.
 
   On CPUs the output of the convolution is never in memory, nor is its gradient: a part of the
-  batch at a time goes through both. The gradient goes to a window's first maximum, row by row.
+  batch at a time goes through all. The gradient goes to a window's first maximum, row by row.
 
   Args:
     x: maps [B, H, W, C].
     kernel: [h, w, C, D].
+    bias: [D].
     padding: "SAME", "VALID" or ((above, below), (left, right)) in pixels.
     pool: rows and columns of a window.
 
@@ -76,15 +78,16 @@ def conv_max_pool(x: jax.Array, kernel: jax.Array, padding: str | Sequence[tuple
     Maps [B, H', W', D].
 
   >>> x, kernel = jnp.arange(16.0).reshape(1, 4, 4, 1), jnp.ones((1, 1, 1, 1))
-  >>> conv_max_pool(x, kernel, "VALID", (2, 2))[0, :, :, 0]
-  Array([[ 5.,  7.],
-         [13., 15.]], dtype=float32)
+  >>> conv_relu_max_pool(x, kernel, jnp.array([-6.0]), "VALID", (2, 2))[0, :, :, 0]
+  Array([[0., 1.],
+         [7., 9.]], dtype=float32)
   """
-  if _ours(x, kernel, bilinear.LAYOUT) and math.prod(pool) <= MOST_PLACES:
+  if _ours(x, kernel, cpu.LAYOUT) and math.prod(pool) <= MOST_PLACES:
     window = window_of(x.shape[1:3], kernel.shape[:2], (1, 1), padding, pool)
     if min(window.pooled) > 0:
-      return bilinear.conv_max_pool(x, kernel, window)
-  return max_pool(conv(x, kernel, (1, 1), padding, dimension_numbers=bilinear.LAYOUT), pool, pool)
+      return primitives.conv_relu_max_pool(x, kernel, bias, window)
+  x = max_pool(conv(x, kernel, (1, 1), padding, dimension_numbers=cpu.LAYOUT), pool, pool)
+  return nn.relu(x + bias[None, None, None])
 
 
 def _ours(x: jax.Array, kernel: jax.Array, layout: Any) -> bool:
@@ -96,4 +99,4 @@ def _ours(x: jax.Array, kernel: jax.Array, layout: Any) -> bool:
           and x.shape[3] == kernel.shape[2] and 0 not in x.shape
           and all(isinstance(size, int) and size > 0 for size in sizes)
           and lax.conv_dimension_numbers(x.shape, kernel.shape, layout)
-          == lax.conv_dimension_numbers(x.shape, kernel.shape, bilinear.LAYOUT))
+          == lax.conv_dimension_numbers(x.shape, kernel.shape, cpu.LAYOUT))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from mtl_jax.models.operators.window import Window, window_of
 
-MOST_PLACES = 256  # in a window: they are counted in 8 bits
+MOST_PLACES = 255  # in a window: they are counted in 8 bits
+NOWHERE = 255  # in place of a place
 
 
 def max_pool(x: jax.Array, window: tuple[int, int], strides: tuple[int, int] = (1, 1),
@@ -99,7 +100,7 @@ def first_maxima(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def at_places(x: jax.Array, place: jax.Array) -> jax.Array:
-  """Of each window [B, H', h, W', w, C] the entry at its place: [B, H', W', C]."""
+  """Of each window [B, H', h, W', w, C] the entry at its place, 0 nowhere: [B, H', W', C]."""
   here = _is_place(place, x.shape[2], x.shape[4], x.dtype)
   return jnp.where(here, x, jnp.zeros_like(x)).sum((2, 4))
 

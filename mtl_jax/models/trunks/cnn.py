@@ -5,14 +5,12 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.operators import conv_max_pool
+from mtl_jax.models.operators import conv_relu_max_pool
 from mtl_jax.models.trunks.trunk import Trunk, check_images
 
 
 class _Convolution(nn.Module):
   """3x3 convolution with bias, ReLU and 2x2 max-pooling; parameters are those of `nn.Conv`.
-
-  Bias and ReLU are monotone, so that the maximum may be taken before them: a quarter of the work.
 
   Attributes:
     channels: of the output.
@@ -25,7 +23,7 @@ class _Convolution(nn.Module):
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[3], self.channels))
     bias = self.param("bias", nn.initializers.zeros, (self.channels,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=None)
-    return nn.relu(conv_max_pool(x, kernel, "SAME", (2, 2)) + bias[None, None, None])
+    return conv_relu_max_pool(x, kernel, bias, "SAME", (2, 2))
 
 
 class CNN(Trunk):

@@ -1,71 +1,83 @@
-"""Convolutions as primitives: on CPUs, XLA has weak points that these go around.
+"""What convolutions are computed by on CPUs, where XLA has weak points.
 
 A convolution is fast there only in canonical form, `NHWC, HWIO -> NHWC` with no kernel reversed;
 XLA brings gradients into it in a program's outermost computation only, so that in a loop or a
 branch they are many times slower. The gradient of a kernel has the whole batch as the channels of
-one convolution, which leaves the cache; so does a map that is pooled at once. A convolution of the
-three colours of an image reads them one by one.
+one convolution, which leaves the cache; so does a map that is pooled at once. And a convolution
+reads the three colours of an image one by one.
 
-A convolution, the gradient of its input and that of its kernel are derivatives of one trilinear
-form <convolution(x, kernel), cotangent>. Here each is a primitive, canonical from the start, and
-all transposes and derivatives of the three are among the three. Where the convolution is followed
-by max-pooling, the form sees of each window the entry at one place, where its first maximum is:
-the places go with the operands, and the windows are only ever in memory for a slice of the batch.
+All of these functions go to and from maps [B, H', W', D] or, where they are given the places of
+first maxima, to and from pools [B, H'', W'', D].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
-from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
-from mtl_jax.models.operators.max_pooling import at_places, first_maxima, to_places, windows
-from mtl_jax.models.operators.slices import map_slices, sum_slices
+from mtl_jax.models.operators.max_pooling import (
+    NOWHERE, at_places, first_maxima, to_places, windows)
+from mtl_jax.models.operators.slices import add_slices, map_slices, sum_slices
 from mtl_jax.models.operators.window import Window
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-_PACKET = 4  # channels that are read at once; fewer are read one by one
-_EXAMPLES = 16  # of a slice of the batch, at least
+EXAMPLES = 16  # of a slice of the batch, at least
 _POSITIONS = 512  # of a slice's maps, at least; small maps are sliced more coarsely
+_PACKET = 4  # channels that are read at once; fewer are read one by one
 
 
-def conv(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-  """[B, H, W, C], [h, w, C, D] -> [B, H', W', D]."""
-  return _forward_p.bind(x, kernel, window=window)
+def block(x: jax.Array, kernel: jax.Array, bias: jax.Array,
+           *, window: Window) -> tuple[jax.Array, jax.Array]:
+  """Convolution, bias, ReLU and max-pooling, [B, H'', W'', D], and the places of first maxima."""
+  def of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Bias and ReLU are monotone: after the maximum they are less work.
+    maxima, place = first_maxima(_values(x, kernel, window))
+    maxima += bias[None, None, None]
+    return jnp.maximum(maxima, 0), jnp.where(maxima > 0, place, jnp.uint8(NOWHERE))
+  return map_slices(of, _slice(window), x, after=kernel)
 
 
-def conv_max_pool(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-  """[B, H, W, C], [h, w, C, D] -> [B, H'', W'', D], the maxima of the window's pools."""
-  return _first_p.bind(x, kernel, window=window)[0]
+def shift(bias: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
+  """The bias [D] wherever there is a place, [B, H'', W'', D]."""
+  del window
+  return jnp.where(place != NOWHERE, bias[None, None, None], jnp.zeros((), bias.dtype))
 
 
-def _first(x: jax.Array, kernel: jax.Array, *, window: Window) -> tuple[jax.Array, jax.Array]:
-  """The first maximum of each pool, [B, H'', W'', D], and its place."""
-  return map_slices(lambda x: first_maxima(_values(x, kernel, window)), _slice(window), x)
+def bias_gradient(ct: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
+  """[B, H'', W'', D] -> [D]; summed in float32 or better."""
+  def of(ct: jax.Array, place: jax.Array) -> jax.Array:
+    felt = jnp.where(place != NOWHERE, ct, jnp.zeros((), ct.dtype))
+    return felt.astype(_sum_dtype(ct)).sum((0, 1, 2))
+  return sum_slices(of, _slice(window), ct, place).astype(ct.dtype)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
+def forward(x: jax.Array, kernel: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
   """[B, H, W, C], [h, w, C, D] -> [B, H', W', D], or [B, H'', W'', D] at places."""
   if not place:
     return _map(x, kernel, window)
   return map_slices(lambda x, place: at_places(_values(x, kernel, window), place),
-                    _slice(window), x, *place)
+                    _slice(window), x, *place, after=kernel)
 
 
-def _input_gradient(ct: jax.Array, kernel: jax.Array, *place: jax.Array,
+def forward_onto(x: jax.Array, kernel: jax.Array, place: jax.Array, total: jax.Array,
+                 *, window: Window) -> jax.Array:
+  """What `forward` gives at places, added to the total [B, H'', W'', D] in its memory."""
+  return add_slices(lambda x, place: at_places(_values(x, kernel, window), place),
+                    _slice(window), total, x, place)
+
+
+def input_gradient(ct: jax.Array, kernel: jax.Array, *place: jax.Array,
                     window: Window) -> jax.Array:
   """[B, H', W', D], [h, w, C, D] -> [B, H, W, C]."""
   if not place:
     return _map_gradient(ct, kernel, window)
   return map_slices(lambda ct, place: _map_gradient(_unpooled(ct, place, window), kernel, window),
-                    _slice(window), ct, *place)
+                    _slice(window), ct, *place, after=kernel)
 
 
-def _kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
+def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
   """[B, H, W, C], [B, H', W', D] -> [h, w, C, D]; summed in float32 or better."""
   dtype = _sum_dtype(x)
   if place and _in_blocks(window, x.shape[3]):
@@ -89,7 +101,7 @@ def _kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Win
 
 def _slice(window: Window) -> int:
   """Examples of a slice, a multiple of 8."""
-  return 8 * math.ceil(max(_EXAMPLES, _POSITIONS / math.prod(window.out)) / 8)
+  return 8 * math.ceil(max(EXAMPLES, _POSITIONS / math.prod(window.out)) / 8)
 
 
 def _map(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
@@ -215,114 +227,3 @@ def _kernel_gradient_in_blocks(x: jax.Array, ct: jax.Array, place: jax.Array,
   total, = jax.linear_transpose(lambda kernel: _kernels(kernel, window), kernel)(
       total.reshape(kernels.shape))
   return total.astype(x.dtype)
-
-
-def _primitive(name: str, of: Callable[..., Any], shape: Callable[[Any, Any, Window], Any],
-               by_example: bool) -> Primitive:
-  """A primitive that computes `of(a, b, window=window)` or, linear as well, `of(a, b, place, …)`.
-
-  Args:
-    name: in programs.
-    of: the function; it may give several arrays.
-    shape: abstract results, from those of a and b.
-    by_example: whether the results have an entry for each of `a`.
-  """
-  primitive = Primitive(name)
-  primitive.def_impl(jax.jit(of, static_argnames="window"))
-  primitive.def_abstract_eval(lambda a, b, *_, window: shape(a, b, window))
-
-  def batched(args: Sequence[jax.Array], axes: Sequence[int | None], *,
-              window: Window) -> tuple[Any, Any]:
-    args = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes)]
-    moved = [i for i, axis in enumerate(axes) if axis is not None]
-
-    def one(slices: Sequence[jax.Array]) -> Any:
-      operands = list(args)
-      for i, x in zip(moved, slices):
-        operands[i] = x
-      return primitive.bind(*operands, window=window)
-    a, b = args[:2]
-    if (by_example and len(args) == 2 and moved == [0] and isinstance(a.shape[1], int)
-        and a.shape[1] < _EXAMPLES):
-      found = primitive.bind(a.reshape(-1, *a.shape[2:]), b, window=window)
-      found = jax.tree.map(lambda x: x.reshape(*a.shape[:2], *x.shape[1:]), found)
-    else:
-      # A large batch in one piece leaves the cache, and one split over devices would have to move.
-      found = lax.map(one, [args[i] for i in moved])
-    return found, jax.tree.map(lambda _: 0, found)
-
-  batching.primitive_batchers[primitive] = batched
-  return primitive
-
-
-def _of_shape(shape: Callable[[Any, Any, Window], tuple[Any, ...]]) -> Callable[..., Any]:
-  return lambda a, b, window: jax.core.ShapedArray(shape(a.shape, b.shape, window), a.dtype)
-
-
-def _maxima_and_places(x: Any, kernel: Any, window: Window) -> list[Any]:
-  shape = (x.shape[0], *window.pooled, kernel.shape[3])
-  return [jax.core.ShapedArray(shape, x.dtype), jax.core.ShapedArray(shape, jnp.uint8)]
-
-
-_forward_p = _primitive("conv", _forward, _of_shape(
-    lambda x, kernel, window: (x[0], *window.pooled, kernel[3])), by_example=True)
-_input_gradient_p = _primitive("conv_input_gradient", _input_gradient, _of_shape(
-    lambda ct, kernel, window: (ct[0], *window.image, kernel[2])), by_example=True)
-_kernel_gradient_p = _primitive("conv_kernel_gradient", _kernel_gradient, _of_shape(
-    lambda x, ct, window: (*window.kernel, x[3], ct[3])), by_example=False)
-_first_p = _primitive("conv_max_pool", _first, _maxima_and_places, by_example=True)
-_first_p.multiple_results = True
-for _p, _of in ((_forward_p, _forward), (_input_gradient_p, _input_gradient),
-                (_kernel_gradient_p, _kernel_gradient), (_first_p, _first)):
-  mlir.register_lowering(_p, mlir.lower_fun(_of, multiple_results=_p.multiple_results))
-
-
-def _bilinear(primitive: Primitive, to_a: Callable[..., jax.Array],
-              to_b: Callable[..., jax.Array]) -> None:
-  """Says that a primitive is linear in each of its first two operands, and its transposes."""
-  def jvp(primals: Sequence[jax.Array], tangents: Sequence[Any],
-          **how: Any) -> tuple[jax.Array, jax.Array]:
-    return primitive.bind(*primals, **how), _change(primitive, primals, tangents, **how)
-
-  def transpose(ct: Any, a: Any, b: Any, *place: jax.Array, **how: Any) -> list[Any]:
-    of_a = ad.is_undefined_primal(a)
-    if type(ct) is ad.Zero:
-      found = ad.Zero((a if of_a else b).aval)
-    else:
-      found = to_a(ct, b, *place, **how) if of_a else to_b(ct, a, *place, **how)
-    return [found if of_a else None, None if of_a else found, *(None for _ in place)]
-
-  ad.primitive_jvps[primitive] = jvp
-  ad.primitive_transposes[primitive] = transpose
-
-
-def _change(primitive: Primitive, primals: Sequence[jax.Array], tangents: Sequence[Any],
-            **how: Any) -> jax.Array:
-  """The derivative of a bilinear primitive along tangents of its first two operands."""
-  (a, b, *place), (da, db, *_) = primals, tangents
-  if type(db) is ad.Zero:
-    return primitive.bind(da, b, *place, **how)
-  change = primitive.bind(a, db, *place, **how)
-  return change if type(da) is ad.Zero else change + primitive.bind(da, b, *place, **how)
-
-
-_bilinear(_forward_p,
-          lambda ct, kernel, *place, **how: _input_gradient_p.bind(ct, kernel, *place, **how),
-          lambda ct, x, *place, **how: _kernel_gradient_p.bind(x, ct, *place, **how))
-_bilinear(_input_gradient_p,
-          lambda x, kernel, *place, **how: _forward_p.bind(x, kernel, *place, **how),
-          lambda x, ct, *place, **how: _kernel_gradient_p.bind(x, ct, *place, **how))
-_bilinear(_kernel_gradient_p,
-          lambda kernel, ct, *place, **how: _input_gradient_p.bind(ct, kernel, *place, **how),
-          lambda kernel, x, *place, **how: _forward_p.bind(x, kernel, *place, **how))
-
-
-def _first_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any],
-               *, window: Window) -> tuple[list[jax.Array], list[Any]]:
-  maxima, place = _first_p.bind(*primals, window=window)
-  change = _change(_forward_p, (*primals, place), tangents, window=window)
-  still = ad.Zero(jax.core.ShapedArray(place.shape, jax.dtypes.float0))
-  return [maxima, place], [change, still]
-
-
-ad.primitive_jvps[_first_p] = _first_jvp

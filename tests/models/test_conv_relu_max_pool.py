@@ -1,4 +1,4 @@
-"""A convolution that is pooled at once equals one that is pooled afterwards."""
+"""A convolution, its bias, ReLU and pooling at once equal one after the other."""
 
 import functools
 
@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from mtl_jax.models.operators import conv_max_pool
+from mtl_jax.models.operators import conv_relu_max_pool
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # images, kernel, padding, pool; between them kernels are read in blocks and not, in slices and not
@@ -39,13 +39,14 @@ def longer(cases, quick=QUICK):
 def pair(case, dtype=jnp.float32):
   """Ours, XLA's two operations, and their operands."""
   shape, kernel, padding, pool = CASES[case]
-  keys = jax.random.split(jax.random.key(0), 2)
-  operands = tuple(jax.random.normal(key, s, dtype) for key, s in zip(keys, (shape, kernel)))
+  keys = jax.random.split(jax.random.key(0), 3)
+  operands = tuple(jax.random.normal(key, s, dtype)
+                   for key, s in zip(keys, (shape, kernel, kernel[3:])))
 
-  def theirs(x, kernel):
-    return nn.max_pool(lax.conv_general_dilated(x, kernel, (1, 1), padding,
-                                                dimension_numbers=LAYOUT), pool, pool)
-  return functools.partial(conv_max_pool, padding=padding, pool=pool), theirs, operands
+  def theirs(x, kernel, bias):
+    maps = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
+    return nn.max_pool(nn.relu(maps + bias[None, None, None]), pool, pool)
+  return functools.partial(conv_relu_max_pool, padding=padding, pool=pool), theirs, operands
 
 
 def close(ours, theirs, tolerance=2e-5):
@@ -56,7 +57,7 @@ def close(ours, theirs, tolerance=2e-5):
 
 
 def gradients(f):
-  """Outputs of `f`, and both gradients of a function that is not linear in them."""
+  """Outputs of `f`, and all gradients of a function that is not linear in them."""
   def run(*operands):
     out, pullback = jax.vjp(f, *operands)
     return out, pullback(out ** 2)
@@ -64,10 +65,10 @@ def gradients(f):
 
 
 @pytest.mark.parametrize("case", longer(CASES))
-def test_outputs_and_both_gradients(case):
+def test_outputs_and_all_gradients(case):
   ours, theirs, operands = pair(case)
   close(jax.jit(gradients(ours))(*operands), jax.jit(gradients(theirs))(*operands))
-  assert "conv_max_pool" in str(jax.make_jaxpr(ours)(*operands))
+  assert "conv_relu_max_pool" in str(jax.make_jaxpr(ours)(*operands))
 
 
 @pytest.mark.parametrize("case", SOME)
@@ -86,19 +87,19 @@ def test_forward_mode_and_second_order(case):
   def all_of(f, forwards):
     def run(operands, directions):
       gradient = lambda *operands: gradients(f)(*operands)[1]
-      reverse_over = jax.grad(lambda *x: sum((g ** 2).sum() for g in gradient(*x)), (0, 1))(
+      reverse_over = jax.grad(lambda *x: sum((g ** 2).sum() for g in gradient(*x)), (0, 1, 2))(
           *operands)
       derivatives = reverse_over, gradients(jax.checkpoint(f))(*operands)
       if not forwards:
         return derivatives
       along = jax.linearize(f, *operands)[1](*directions)
-      one = jax.jvp(lambda x: f(x, operands[1]), operands[:1], directions[:1])[1]
-      other = jax.jvp(lambda kernel: f(operands[0], kernel), operands[1:], directions[1:])[1]
-      return derivatives, along, one, other, jax.jvp(gradient, operands, directions)[1]
+      alone = [jax.jvp(lambda x, i=i: f(*operands[:i], x, *operands[i + 1:]), operands[i:i + 1],
+                       directions[i:i + 1])[1] for i in range(3)]
+      return derivatives, along, alone, jax.jvp(gradient, operands, directions)[1]
     return jax.jit(run)(operands, directions)
-  derivatives, along, one, other, over_reverse = all_of(ours, True)
+  derivatives, along, alone, over_reverse = all_of(ours, True)
   close(derivatives, all_of(theirs, False), 1e-4)
-  close(one + other, along)
+  close(sum(alone), along)
   # XLA's pooling has no derivative forwards of its gradient: reverse mode twice is the judge.
   out, pull = jax.vjp(theirs, *operands)
   backwards = pull(out)
@@ -109,9 +110,9 @@ def test_forward_mode_and_second_order(case):
         sum((a * d).sum() for a, d in zip(twice, directions)), 1e-4)
 
 
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (2, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (2, 1, 0), (None, None, 0)], ids=str)
 @pytest.mark.parametrize("case", longer(SOME, SOME[:1]))
-def test_mapped_over_images_kernels_or_both(case, axes):
+def test_mapped_over_images_kernels_or_biases(case, axes):
   ours, theirs, operands = pair(case)
   mapped = tuple(x if axis is None else jnp.stack([x, -2 * x, x ** 2], axis)
                  for x, axis in zip(operands, axes))
@@ -129,9 +130,9 @@ def test_mapped_over_cotangents_and_directions(case):
   cotangents = jax.random.normal(jax.random.key(3), (3, *out.shape))
   close(*(jax.jit(lambda ct, f=f: jax.vmap(jax.vjp(f, *operands)[1])(ct))(cotangents)
           for f in (ours, theirs)))
-  x, kernel = operands
+  x, kernel, bias = operands
   directions = jax.random.normal(jax.random.key(4), (3, *kernel.shape))
-  _, along = jax.linearize(functools.partial(ours, x), kernel)
+  _, along = jax.linearize(lambda kernel: ours(x, kernel, bias), kernel)
   close(jax.vmap(along)(directions), jnp.stack([along(d) for d in directions]))
 
 
@@ -150,8 +151,8 @@ def test_in_half_precision_gradients_are_no_coarser(case):
 @pytest.mark.parametrize("channels", [3, 4])
 def test_the_whole_map_is_never_in_memory(channels):
   _, theirs, _ = pair("in blocks")
-  ours = functools.partial(conv_max_pool, padding="SAME", pool=(2, 2))
-  shapes = ((160, 24, 24, channels), (3, 3, channels, 64))
+  ours = functools.partial(conv_relu_max_pool, padding="SAME", pool=(2, 2))
+  shapes = ((160, 24, 24, channels), (3, 3, channels, 64), (64,))
   operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   bytes_of = lambda f: jax.jit(gradients(f)).lower(
       *operands).compile().memory_analysis().temp_size_in_bytes
@@ -162,41 +163,41 @@ def test_the_whole_map_is_never_in_memory(channels):
 @pytest.mark.parametrize("case", longer(("in blocks and slices", "more channels in slices"),
                                         ("in blocks and slices",)))
 def test_eight_devices_equal_one_and_keep_their_examples(case):
-  ours, _, (x, kernel) = pair(case)
+  ours, _, (x, *weights) = pair(case)
   x = jnp.concatenate([x] * 4)[:64]
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-  run = jax.jit(gradients(ours), in_shardings=(split, everywhere),
-                out_shardings=(split, (split, everywhere)))
-  close(run(x, kernel), gradients(ours)(x, kernel))
-  text = run.lower(x, kernel).compile().as_text()
+  run = jax.jit(gradients(ours), in_shardings=(split, everywhere, everywhere),
+                out_shardings=(split, (split, everywhere, everywhere)))
+  close(run(x, *weights), gradients(ours)(x, *weights))
+  text = run.lower(x, *weights).compile().as_text()
   assert "all-gather" not in text and "all-to-all" not in text
 
 
 def test_exported_for_any_batch():
-  ours, theirs, (x, kernel) = pair("in blocks and slices")
+  ours, theirs, (x, *weights) = pair("in blocks and slices")
   batch, = jax.export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
   exported = jax.export.export(jax.jit(gradients(ours)))(
-      images, jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
+      images, *(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights))
   again = jax.export.deserialize(exported.serialize())
-  close(again.call(x, kernel), gradients(theirs)(x, kernel))
+  close(again.call(x, *weights), gradients(theirs)(x, *weights))
 
 
 @pytest.mark.parametrize("images, pool", [
     ((2, 34, 34, 4), (17, 17)), ((0, 8, 8, 4), (2, 2)), ((2, 1, 8, 4), (2, 2))], ids=str)
 def test_the_rest_is_pooled_afterwards(images, pool):
-  """Pools of more places than 8 bits count, no images, and images that are smaller than a pool."""
-  x, kernel = jnp.ones(images), jnp.ones((3, 3, 4, 2))
-  ours = functools.partial(conv_max_pool, padding="SAME", pool=pool)
-  assert "conv_max_pool" not in str(jax.make_jaxpr(ours)(x, kernel))
-  close(ours(x, kernel), nn.max_pool(lax.conv_general_dilated(
-      x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT), pool, pool))
+  """Pools of more places than 8 bits count, no images, and images smaller than a pool."""
+  x, kernel, bias = jnp.ones(images), jnp.ones((3, 3, 4, 2)), -20 * jnp.ones(2)
+  ours = functools.partial(conv_relu_max_pool, padding="SAME", pool=pool)
+  assert "conv_relu_max_pool" not in str(jax.make_jaxpr(ours)(x, kernel, bias))
+  close(ours(x, kernel, bias), nn.relu(nn.max_pool(lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT), pool, pool) - 20))
 
 
 def test_on_an_accelerator_both_are_xlas(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   ours, theirs, operands = pair("in blocks")
   text = str(jax.make_jaxpr(ours)(*operands))
-  assert "conv_max_pool" not in text and "reduce_window_max" in text
+  assert "conv_relu_max_pool" not in text and "reduce_window_max" in text
   close(ours(*operands), theirs(*operands))
