@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 LEVELS = ("losses", "products", "gramian", "cross_gramian", "task_grads")
 EXTRAS = ("gradient_state", "losses_after_step", "lookahead")
+_BLOCK = 4096  # parameters whose products are taken at once, on CPUs
 
 
 class Ahead(NamedTuple):
@@ -160,9 +161,21 @@ def gramian_of(task_grads: Any, others: Any = None) -> jax.Array:
   dtype = wide(*(leaf.dtype for leaf in leaves))
 
   def leaf_gramian(leaf, other):
-    rows, columns = (x.reshape(x.shape[0], -1).astype(dtype) for x in (leaf, other))
-    return jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
+    return _products(*(x.reshape(x.shape[0], -1).astype(dtype) for x in (leaf, other)))
   return sum(leaf_gramian(leaf, other) for leaf, other in zip(leaves, other_leaves))
+
+
+def _products(rows: jax.Array, others: jax.Array) -> jax.Array:
+  """Inner products [T, U] of rows [T, P] and [U, P]."""
+  product = lambda a, b: jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+  blocks = rows.shape[1] // _BLOCK if jax.default_backend() == "cpu" else 0
+  if blocks < 2:
+    return product(rows, others)
+  # CPUs are several times slower at one product of so few rows that are so long.
+  block = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, 1)
+  rest = product(rows[:, blocks * _BLOCK:], others[:, blocks * _BLOCK:])
+  return jax.lax.fori_loop(
+      0, blocks, lambda i, total: total + product(block(rows, i), block(others, i)), rest)
 
 
 def combine(task_grads: Any, weights: jax.Array) -> Any:

@@ -48,9 +48,14 @@ def shift(bias: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
 def bias_gradient(ct: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
   """[B, H'', W'', D] -> [D]; summed in float32 or better."""
   def of(ct: jax.Array, place: jax.Array) -> jax.Array:
-    felt = jnp.where(place != NOWHERE, ct, jnp.zeros((), ct.dtype))
-    return felt.astype(_sum_dtype(ct)).sum((0, 1, 2))
-  return sum_slices(of, _slice(window), ct, place).astype(ct.dtype)
+    # Sums of columns are slow. Halves are added in vectors until there is one example.
+    felt = jnp.where(place.astype(ct.dtype) != NOWHERE, ct, jnp.zeros((), ct.dtype))
+    felt = felt.astype(_sum_dtype(ct))
+    while isinstance(felt.shape[0], int) and felt.shape[0] % 2 == 0:
+      half = felt.shape[0] // 2
+      felt = felt[:half] + felt[half:]
+    return felt.sum(0)
+  return sum_slices(of, _slice(window), ct, place).sum((0, 1)).astype(ct.dtype)
 
 
 def forward(x: jax.Array, kernel: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
@@ -89,10 +94,10 @@ def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Wind
           zip(window.image, window.kernel, window.reach, window.padding)]
 
   def of(x: jax.Array, ct: jax.Array, *place: jax.Array) -> jax.Array:
-    if place:
-      ct = _unpooled(ct, *place, window)
     # The cotangent is a kernel that moves over the image; examples are the channels.
     x, ct = x.transpose(3, 1, 2, 0).astype(dtype), ct.transpose(1, 2, 0, 3).astype(dtype)
+    if place:
+      ct = _unpooled(ct, place[0].transpose(1, 2, 0, 3), window, rows=0)
     return _canonical(x, ct, (1, 1), pads, rhs_dilation=window.strides)
 
   total = sum_slices(of, _slice(window), x, ct, *place)
@@ -155,12 +160,12 @@ def _canonical(x: jax.Array, kernel: jax.Array, strides: Sequence[int],
                                   rhs_dilation=rhs_dilation, dimension_numbers=LAYOUT)
 
 
-def _unpooled(ct: jax.Array, place: jax.Array, window: Window) -> jax.Array:
-  """Cotangents of pools at their places in the map, [B, H', W', D]."""
-  x = to_places(ct, place, window.pool)
-  x = x.reshape(x.shape[0], *(n * size for n, size in zip(window.pooled, window.pool)), -1)
-  rest = [(0, out - size) for out, size in zip(window.out, x.shape[1:3])]
-  return jnp.pad(x, [(0, 0), *rest, (0, 0)])
+def _unpooled(ct: jax.Array, place: jax.Array, window: Window, rows: int = 1) -> jax.Array:
+  """Cotangents of pools at their places in the map: [B, H', W', D], or [H', W', B, D]."""
+  sides = [n * size for n, size in zip(window.pooled, window.pool)]
+  x = to_places(ct, place, window.pool, rows).reshape(*ct.shape[:rows], *sides, *ct.shape[rows + 2:])
+  rest = [(0, out - side) for out, side in zip(window.out, sides)]
+  return jnp.pad(x, [(0, 0)] * rows + rest + [(0, 0)] * (2 - rows))
 
 
 def _values(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

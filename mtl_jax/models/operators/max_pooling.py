@@ -101,18 +101,23 @@ def first_maxima(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def at_places(x: jax.Array, place: jax.Array) -> jax.Array:
   """Of each window [B, H', h, W', w, C] the entry at its place, 0 nowhere: [B, H', W', C]."""
-  here = _is_place(place, x.shape[2], x.shape[4], x.dtype)
+  here = _is_place(place, (x.shape[2], x.shape[4]), 1, x.dtype)
   return jnp.where(here, x, jnp.zeros_like(x)).sum((2, 4))
 
 
-def to_places(y: jax.Array, place: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Windows [B, H', h, W', w, C] of zeros but for y [B, H', W', C] at their places."""
-  y = y[:, :, None, :, None]
-  return jnp.where(_is_place(place, *size, y.dtype), y, jnp.zeros_like(y))
+def to_places(y: jax.Array, place: jax.Array, size: tuple[int, int], rows: int = 1) -> jax.Array:
+  """Windows [B, H', h, W', w, C] of zeros but for y [B, H', W', C] at their places.
+
+  With `rows=0` from [H', W', B, C] to [H', h, W', w, B, C].
+  """
+  here = _is_place(place, size, rows, y.dtype)
+  return jnp.where(here, jnp.expand_dims(y, (rows + 1, rows + 3)), jnp.zeros((), y.dtype))
 
 
-def _is_place(place: jax.Array, height: int, width: int, dtype: jnp.dtype) -> jax.Array:
-  """Where in its window an entry is at the place, [B, H', h, W', w, C]."""
+def _is_place(place: jax.Array, size: tuple[int, int], rows: int, dtype: jnp.dtype) -> jax.Array:
+  """Where an entry of a window is at its place; the axis of rows is followed by that of columns."""
   # One comparison with all places is a single pass. In the data's own type it is done in vectors.
-  places = jnp.arange(height * width).astype(dtype).reshape(1, 1, height, 1, width, 1)
-  return place.astype(dtype)[:, :, None, :, None] == places
+  places = jnp.arange(size[0] * size[1]).astype(dtype).reshape(size)
+  places = places.reshape(size[0], 1, size[1], *(1 for _ in range(place.ndim - rows - 2)))
+  return jnp.expand_dims(place.astype(dtype), (rows + 1, rows + 3)) == jnp.expand_dims(
+      places, tuple(range(rows + 1)))
