@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mtl_jax import balancing, testing
-from mtl_jax.balancing.balancer import init_state
+from mtl_jax.balancing.balancer import gramian_of, init_state
 from tests.balancing.rows import LOSSES, ROWS
 
 NO_METHODS = {
@@ -247,3 +247,14 @@ def test_a_state_that_cannot_be_saved_is_caught():
       frozenset({"losses"}))
   with pytest.raises(AssertionError, match="private: expected a state of arrays in NamedTuples"):
     testing.check_resumes(balancer)
+
+
+@pytest.mark.parametrize("size", [2 * 4096 + 1, 3 * 4096, 4096 + 5])
+def test_long_gradients_are_multiplied_block_by_block(size):
+  """Against float64; the last block is a rest, or there is none, or only one block."""
+  one, other = (jax.random.normal(jax.random.key(i), (3, size)) for i in range(2))
+  found = jax.jit(gramian_of)({"a": one}, {"a": other})
+  expected = np.asarray(one, np.float64) @ np.asarray(other, np.float64).T
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
+  gradient = jax.grad(lambda one: gramian_of({"a": one}, {"a": other})[0, 1])(one)
+  np.testing.assert_allclose(gradient, jnp.zeros_like(one).at[0].set(other[1]), rtol=1e-6)

@@ -65,7 +65,7 @@ def primitives(jaxpr):
 
 
 def gradients(f):
-  """Outputs of `f`, and both gradients of a function that is not linear in them."""
+  """Outputs of `f`, and all gradients of a function that is not linear in them."""
   def run(*operands):
     out, pullback = jax.vjp(f, *operands)
     return out, pullback(out ** 2)

@@ -11,7 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from mtl_jax.models.operators import cpu, primitives
-from mtl_jax.models.operators.max_pooling import max_pool, MOST_PLACES
+from mtl_jax.models.operators.max_pooling import MOST_PLACES, max_pool
 from mtl_jax.models.operators.window import window_of
 
 

@@ -17,8 +17,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mtl_jax.models.operators.max_pooling import (
-    NOWHERE, at_places, first_maxima, to_places, windows)
+from mtl_jax.models.operators.max_pooling import (NOWHERE, at_places, first_maxima, to_places,
+                                                  windows)
 from mtl_jax.models.operators.slices import add_slices, map_slices, sum_slices
 from mtl_jax.models.operators.window import Window
 
@@ -74,7 +74,7 @@ def forward_onto(x: jax.Array, kernel: jax.Array, place: jax.Array, total: jax.A
 
 
 def input_gradient(ct: jax.Array, kernel: jax.Array, *place: jax.Array,
-                    window: Window) -> jax.Array:
+                   window: Window) -> jax.Array:
   """[B, H', W', D], [h, w, C, D] -> [B, H, W, C]."""
   if not place:
     return _map_gradient(ct, kernel, window)
