@@ -9,6 +9,7 @@ import jax.numpy as jnp
 LEVELS = ("losses", "products", "gramian", "cross_gramian", "task_grads")
 EXTRAS = ("gradient_state", "losses_after_step", "lookahead")
 _BLOCK = 4096  # parameters whose products are taken at once, on CPUs
+_BLOCKS = 16  # at least; shorter products are as fast in one piece
 
 
 class Ahead(NamedTuple):
@@ -169,7 +170,7 @@ def _products(rows: jax.Array, others: jax.Array) -> jax.Array:
   """Inner products [T, U] of rows [T, P] and [U, P]."""
   product = lambda a, b: jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
   blocks = rows.shape[1] // _BLOCK if jax.default_backend() == "cpu" else 0
-  if blocks < 2:
+  if blocks < _BLOCKS:
     return product(rows, others)
   # CPUs are several times slower at one product of so few rows that are so long.
   block = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, 1)
