@@ -1,6 +1,6 @@
 """Convex programs of the size of the task count, solved on the device.
 
-Everything here has fixed shapes and a fixed number of iterations, so it compiles, batches and
+Everything here has fixed shapes and a bounded number of iterations, so it compiles, batches and
 shards; and it works on unit rows, so that float32 suffices whatever the gradients' norms.
 """
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mtl_jax.balancing import masked
 
-ITERATIONS = 25  # of the interior point; twice what well-posed programs take
+ITERATIONS = 25  # of the interior point, at most; twice what well-posed programs take
 ROUNDS = 10  # of Dinkelbach's method, each one quadratic program
 NEWTON_STEPS = 60  # a dozen do for norms alike, all for norms eight decades apart
 
@@ -47,7 +47,8 @@ def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array,
   """Minimises `½ yᵀ M y - bᵀ y` over `y ≥ 0`, `pricesᵀ y = 1`, by a primal-dual interior point.
 
   Mehrotra's predictor and corrector, with a common step length for both. A small ridge in the
-  Newton matrix, absent from the residual, keeps it positive definite where `M` is singular.
+  Newton matrix, absent from the residual, keeps it positive definite where `M` is singular. It ends
+  where the duality gap is below rounding, or after `ITERATIONS`.
 
   Args:
     matrix: [T, T] symmetric, positive semidefinite, with a diagonal of about one.
@@ -72,8 +73,16 @@ def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array,
   count = jnp.maximum(jnp.sum(mask, dtype=matrix.dtype), 1)
   prices = None if prices is None else jnp.where(mask, prices, 0)
 
-  def iterate(_, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    y, z = point
+  def gap_of(y: jax.Array, z: jax.Array) -> jax.Array:
+    return jnp.sum(y * z, where=mask) / count
+
+  def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    i, y, z = state
+    return (i < ITERATIONS) & (gap_of(y, z) > floor)
+
+  def iterate(state: tuple[jax.Array, jax.Array, jax.Array]
+              ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    i, y, z = state
     residual = jnp.matmul(matrix, y, precision=jax.lax.Precision.HIGHEST) - linear - z
     factor = jax.scipy.linalg.cho_factor(matrix + jnp.diag(z / y + 32 * eps), lower=True)
     along = None if prices is None else jax.scipy.linalg.cho_solve(factor, prices)
@@ -87,7 +96,7 @@ def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array,
         dy += lacking / jnp.maximum(jnp.sum(prices * along), jnp.finfo(dy.dtype).tiny) * along
       return dy, pull - z / y * dy
 
-    gap = jnp.sum(y * z, where=mask) / count
+    gap = gap_of(y, z)
     dy, dz = newton(jnp.zeros_like(y))
     step = jnp.minimum(1, jnp.minimum(longest_step(y, dy), longest_step(z, dz)))
     centring = (jnp.sum((y + step * dy) * (z + step * dz), where=mask) / count / gap)**3
@@ -96,11 +105,11 @@ def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array,
     # Rounding can cost a Gramian more of its definiteness than the ridge gives back; the
     # factorisation then fails, and the point reached so far is as good as the matrix.
     sound = jnp.isfinite(jnp.sum(dy) + jnp.sum(dz))
-    return (jnp.where(sound, jnp.maximum(y + step * dy, floor), y),
+    return (i + 1, jnp.where(sound, jnp.maximum(y + step * dy, floor), y),
             jnp.where(sound, jnp.maximum(z + step * dz, floor), z))
 
   start = jnp.ones_like(linear)
-  y, _ = jax.lax.fori_loop(0, ITERATIONS, iterate, (start, start))
+  _, y, _ = jax.lax.while_loop(unfinished, iterate, (jnp.zeros((), jnp.int32), start, start))
   return jnp.where(mask, y, 0)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import pytest
 
 from mtl_jax.models.operators import conv_relu_max_pool
-from tests.models.test_operators import LAYOUT, close, gradients
+from tests.models.test_operators import LAYOUT, close, close_when_mapped, gradients
 
 # images, kernel, padding, pool; between them kernels are read in blocks and not, in slices and not
 CASES = {
@@ -98,14 +98,7 @@ def test_forward_mode_and_second_order(case):
     ((0, None, None), (None, 0, None), (2, 1, 0), (None, None, 0)), ((2, 1, 0),)), ids=str)
 @pytest.mark.parametrize("case", longer(SOME, SOME[:1]))
 def test_mapped_over_images_kernels_or_biases(case, axes):
-  ours, theirs, operands = pair(case)
-  mapped = tuple(x if axis is None else jnp.stack([x, -2 * x, x ** 2], axis)
-                 for x, axis in zip(operands, axes))
-
-  def all_of(f):
-    inside, outside = jax.vmap(gradients(f), axes), gradients(jax.vmap(f, axes, out_axes=-1))
-    return jax.jit(lambda *x: (inside(*x), outside(*x)))(*mapped)
-  close(all_of(ours), all_of(theirs), 1e-4)
+  close_when_mapped(*pair(case), axes)
 
 
 @pytest.mark.parametrize("case", longer(SOME, SOME[1:]))

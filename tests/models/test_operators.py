@@ -72,6 +72,17 @@ def gradients(f):
   return run
 
 
+def close_when_mapped(ours, theirs, operands, axes):
+  """Also with gradients inside and outside of the mapping."""
+  mapped = tuple(x if axis is None else jnp.stack([x, -2 * x, x ** 2], axis)
+                 for x, axis in zip(operands, axes))
+
+  def all_of(f):
+    inside, outside = jax.vmap(gradients(f), axes), gradients(jax.vmap(f, axes, out_axes=-1))
+    return jax.jit(lambda *x: (inside(*x), outside(*x)))(*mapped)
+  close(all_of(ours), all_of(theirs), 1e-4)
+
+
 @pytest.mark.parametrize("case", [
     pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES])
 def test_convolution_and_both_gradients(case):
@@ -104,14 +115,7 @@ def test_forward_mode_and_second_order(case):
 @pytest.mark.parametrize("case", [SOME[0], *(
     pytest.param(case, marks=pytest.mark.slow) for case in SOME[1:])])
 def test_mapped_over_images_kernels_or_both(case, axes):
-  ours, theirs, operands = pair(case)
-  mapped = tuple(x if axis is None else jnp.stack([x, -2 * x, x ** 2], axis)
-                 for x, axis in zip(operands, axes))
-
-  def all_of(f):
-    inside, outside = jax.vmap(gradients(f), axes), gradients(jax.vmap(f, axes, out_axes=-1))
-    return jax.jit(lambda *x: (inside(*x), outside(*x)))(*mapped)
-  close(all_of(ours), all_of(theirs), 1e-4)
+  close_when_mapped(*pair(case), axes)
 
 
 @pytest.mark.parametrize("case", (*SOME, "1x1 larger batch"))

@@ -163,13 +163,14 @@ def _canonical(x: jax.Array, kernel: jax.Array, strides: Sequence[int],
 def _unpooled(ct: jax.Array, place: jax.Array, window: Window, rows: int = 1) -> jax.Array:
   """Cotangents of pools at their places in the map: [B, H', W', D], or [H', W', B, D]."""
   sides = [n * size for n, size in zip(window.pooled, window.pool)]
-  x = to_places(ct, place, window.pool, rows).reshape(*ct.shape[:rows], *sides, *ct.shape[rows + 2:])
+  x = to_places(ct, place, window.pool, rows)
+  x = x.reshape(*ct.shape[:rows], *sides, *ct.shape[rows + 2:])
   rest = [(0, out - side) for out, side in zip(window.out, sides)]
   return jnp.pad(x, [(0, 0)] * rows + rest + [(0, 0)] * (2 - rows))
 
 
 def _values(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-  """All pools' values, side by side [B, H'', h, W'', w, D] or in one row [B, H'', 1, W'', hw, D]."""
+  """All pools' values, [B, H'', h, W'', w, D] or, each pool's in a row, [B, H'', 1, W'', hw, D]."""
   if not _in_blocks(window, x.shape[3]):
     return windows(_map(x, kernel, window), window.pool)
   values = _canonical(_blocks(x, window), _kernels(kernel, window), (1, 1), ((0, 0), (0, 0)))
