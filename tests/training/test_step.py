@@ -109,7 +109,8 @@ def test_exact_gradients_of_own_streams_take_the_operations_of_equal_weights():
   flops = {}
   for balancer in (balancing.equal(), balancing.mgda()):
     state, batch, step, *_ = make(("s", "r"), balancer, trunk=models.CNN(channels=(16,), width=16))
-    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 32), batch)
+    # No more than go through the convolutions at once: what a loop does is counted once.
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch)
     flops[balancer.name] = jax.jit(step).lower(state, batch).cost_analysis()["flops"]
   assert flops["mgda"] < 1.15 * flops["equal"]
 
