@@ -94,6 +94,18 @@ def test_forward_mode_and_second_order(case):
         sum((a * d).sum() for a, d in zip(twice, directions)), 1e-4)
 
 
+@pytest.mark.parametrize("case", ["in blocks and slices", "more channels in slices"])
+def test_forward_mode_in_slices(case):
+  """Against the way back through XLA's operations, along one direction."""
+  ours, theirs, operands = pair(case)
+  directions = tuple(jax.random.normal(jax.random.key(7 + i), x.shape)
+                     for i, x in enumerate(operands))
+  _, along = jax.jit(lambda x, d: jax.jvp(ours, x, d))(operands, directions)
+  cotangent = jax.random.normal(jax.random.key(3), along.shape)
+  found = jax.jit(lambda x, ct: jax.vjp(theirs, *x)[1](ct))(operands, cotangent)
+  close((along * cotangent).sum(), sum((g * d).sum() for g, d in zip(found, directions)), 1e-4)
+
+
 @pytest.mark.parametrize("axes", longer(
     ((0, None, None), (None, 0, None), (2, 1, 0), (None, None, 0)), ((2, 1, 0),)), ids=str)
 @pytest.mark.parametrize("case", longer(SOME, SOME[:1]))

@@ -68,7 +68,7 @@ def gradients(f):
   """Outputs of `f`, and all gradients of a function that is not linear in them."""
   def run(*operands):
     out, pullback = jax.vjp(f, *operands)
-    return out, pullback(out ** 2)
+    return out, pullback(out ** 2 + 1)
   return run
 
 

@@ -117,7 +117,7 @@ def to_places(y: jax.Array, place: jax.Array, size: tuple[int, int], rows: int =
 def _is_place(place: jax.Array, size: tuple[int, int], rows: int, dtype: jnp.dtype) -> jax.Array:
   """Where an entry of a window is at its place; the axis of rows is followed by that of columns."""
   # One comparison with all places is a single pass. In the data's own type it is done in vectors.
-  places = jnp.arange(size[0] * size[1]).astype(dtype).reshape(size)
-  places = places.reshape(size[0], 1, size[1], *(1 for _ in range(place.ndim - rows - 2)))
-  return jnp.expand_dims(place.astype(dtype), (rows + 1, rows + 3)) == jnp.expand_dims(
-      places, tuple(range(rows + 1)))
+  axes = (rows + 1, rows + 3)
+  places = jnp.arange(size[0] * size[1]).astype(dtype).reshape(
+      [dict(zip(axes, size)).get(axis, 1) for axis in range(place.ndim + 2)])
+  return jnp.expand_dims(place.astype(dtype), axes) == places
