@@ -48,7 +48,7 @@ def nonnegative_minimum(matrix: jax.Array, linear: jax.Array, mask: jax.Array,
 
   Mehrotra's predictor and corrector, with a common step length for both. A small ridge in the
   Newton matrix, absent from the residual, keeps it positive definite where `M` is singular. It ends
-  where the duality gap is below rounding, or after `ITERATIONS`; so it has derivatives forwards only.
+  where the duality gap is below rounding, or after `ITERATIONS`, and has forward derivatives only.
 
   Args:
     matrix: [T, T] symmetric, positive semidefinite, with a diagonal of about one.
