@@ -150,6 +150,21 @@ def test_the_whole_map_is_never_in_memory(channels):
   assert bytes_of(ours) < one_map < bytes_of(theirs)
 
 
+def test_no_memory_is_held_for_maps_before_they_are_written():
+  """A second block keeps a quarter of what the first keeps, at a time when that is being freed."""
+  block = functools.partial(conv_relu_max_pool, padding="SAME", pool=(2, 2))
+
+  def bytes_of(depth):
+    def loss(weights, x):
+      return functools.reduce(lambda x, w: block(x, *w), weights, x).sum()
+    shaped = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    weights = [(shaped(3, 3, 16, 16), shaped(16))] * depth
+    return jax.jit(jax.grad(loss)).lower(
+        weights, shaped(64, 32, 32, 16)).compile().memory_analysis().temp_size_in_bytes
+  first_pooled = 4 * 64 * 16 * 16 * 16
+  assert bytes_of(2) < bytes_of(1) + first_pooled / 2
+
+
 @pytest.mark.parametrize("case", longer(("in blocks and slices", "more channels in slices"),
                                         ("in blocks and slices",)))
 def test_eight_devices_equal_one_and_keep_their_examples(case):

@@ -36,7 +36,7 @@ def block(x: jax.Array, kernel: jax.Array, bias: jax.Array,
     maxima, place = first_maxima(_values(x, kernel, window))
     maxima += bias[None, None, None]
     return jnp.maximum(maxima, 0), jnp.where(maxima > 0, place, jnp.uint8(NOWHERE))
-  return map_slices(of, _slice(window), x, after=kernel)
+  return map_slices(of, _slice(window), x)
 
 
 def shift(bias: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
@@ -63,7 +63,7 @@ def forward(x: jax.Array, kernel: jax.Array, *place: jax.Array, window: Window) 
   if not place:
     return _map(x, kernel, window)
   return map_slices(lambda x, place: at_places(_values(x, kernel, window), place),
-                    _slice(window), x, *place, after=kernel)
+                    _slice(window), x, *place)
 
 
 def forward_onto(x: jax.Array, kernel: jax.Array, place: jax.Array, total: jax.Array,
@@ -79,7 +79,7 @@ def input_gradient(ct: jax.Array, kernel: jax.Array, *place: jax.Array,
   if not place:
     return _map_gradient(ct, kernel, window)
   return map_slices(lambda ct, place: _map_gradient(_unpooled(ct, place, window), kernel, window),
-                    _slice(window), ct, *place, after=kernel)
+                    _slice(window), ct, *place)
 
 
 def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Window) -> jax.Array:

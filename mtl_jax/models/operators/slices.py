@@ -12,14 +12,13 @@ import jax.numpy as jnp
 # part of every slice.
 
 
-def map_slices(of: Callable[..., Any], size: int, *arrays: jax.Array, after: jax.Array) -> Any:
+def map_slices(of: Callable[..., Any], size: int, *arrays: jax.Array) -> Any:
   """What `of(*arrays)` gives, entries by example, from slices of about `size` examples.
 
   Args:
     of: from arrays [b, ...] to a tree of arrays [b, ...].
     size: a multiple of 8.
     *arrays: [B, ...]; with B unknown they are not sliced.
-    after: what `of` reads besides; memory for the results is not taken before it is known.
   """
   batch = arrays[0].shape[0]
   if not isinstance(batch, int) or batch <= size:
@@ -27,7 +26,7 @@ def map_slices(of: Callable[..., Any], size: int, *arrays: jax.Array, after: jax
   one, sliced = _slices(of, size, *arrays)
   # All entries are written. Constants to begin with would be in memory from the start of the
   # program on; what depends on the loop's inputs is not.
-  first = sliced[:, 0].reshape(sliced.shape[0], -1)[:, 0] + after.ravel()[0]
+  first = sliced[:, 0].reshape(sliced.shape[0], -1)[:, 0]
 
   def begin(s: jax.ShapeDtypeStruct) -> jax.Array:
     value = first.astype(s.dtype).reshape(-1, *(1 for _ in s.shape))
