@@ -1,6 +1,7 @@
 """The measurements behind the table of `run.py`: each gives figures, ratios of medians."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 import contextlib
 import os
 import pathlib
@@ -17,15 +18,13 @@ import loop
 import numpy as np
 from peers import NOT_INSTALLED, Peers
 import step as steps
-from timing import Sample, medians, on_accelerator, sample_of
+from timing import Sample, medians, on_accelerator, sample_of, threads
 
 from mtl_jax import balancing
 from mtl_jax.experiment.stepper import stepper
-from mtl_jax.training.engines import ENGINES
 from mtl_jax.training.sharding import create_sharded, data_mesh
 
 EXACT = ("pcgrad", "cagrad", "mgda", "nash_mtl", "upgrad")
-_IN_ONE = 8  # steps, as config.train.steps_per_call makes them
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
@@ -45,6 +44,22 @@ class Figure(NamedTuple):
   value: float | None
   note: dict[str, Any]
   tasks: int = 0
+
+
+class Program(NamedTuple):
+  """A compiled step of ours that has run once.
+
+  Attributes:
+    sample: of the step.
+    losses: [T] of its first step.
+    bytes: of its arguments, results and temporaries.
+    shared: how many parameters the tasks share.
+  """
+
+  sample: Sample
+  losses: Any
+  bytes: int
+  shared: int
 
 
 class Session(NamedTuple):
@@ -71,12 +86,30 @@ class Session(NamedTuple):
     """Steps in a sample: a single one tells nothing of a device that is asked in advance."""
     return 20 if on_accelerator() else 1
 
-  def ours(self, name: str, engine: str = "exact", *, count: int | None = None, every: int = 1,
-           **size: Any) -> tuple[Sample, Any]:
-    """A sample of our step, and the logs of its first step."""
-    options = {"every": every} if every > 1 else {}
-    return sample_of(*steps.build(balancing.get(name, **options), engine, **size),
-                     steps=count or self.per_sample)
+  def ours(self, variants: Mapping[Any, Mapping[str, Any]], **size: Any) -> dict[Any, Program]:
+    """Our steps, compiled beside each other; then each runs once.
+
+    Args:
+      variants: by a name of ours, `balancer` and where they matter `engine`, `every`, `count` of
+        steps in a sample, and `in_one`, of `step.build`.
+      **size: arguments of `step.build` for all of them.
+    """
+    def compiled(balancer: str, engine: str = "exact", every: int = 1, count: int | None = None,
+                 in_one: int = 0) -> tuple[Any, ...]:
+      options = {"every": every} if every > 1 else {}
+      step, *start = steps.build(balancing.get(balancer, **options), engine, in_one=in_one, **size)
+      return step.lower(*start).compile(), *start, count or self.per_sample, max(in_one, 1)
+
+    def started(step: Any, state: Any, batch: Any, count: int, in_one: int) -> Program:
+      memory = step.memory_analysis()
+      shared = sum(x.size for x in jax.tree.leaves(state.params["sharing"]))
+      sample, logs = sample_of(step, state, batch, steps=count)
+      return Program(lambda: sample() / in_one, logs["losses"],
+                     memory.argument_size_in_bytes + memory.output_size_in_bytes
+                     + memory.temp_size_in_bytes - memory.alias_size_in_bytes, shared)
+    with futures.ThreadPoolExecutor(threads()) as pool:
+      programs = list(pool.map(lambda variant: compiled(**variant), variants.values()))
+    return {name: started(*program) for name, program in zip(variants, programs)}
 
   def theirs(self, ways: Sequence[str], samples: dict[Any, Sample], losses: Any,
              layouts: Sequence[str] = ("channels_first",), **size: Any) -> None:
@@ -120,34 +153,34 @@ def figure_of(key: str, what: str, found: dict[Any, float], over: Any, under: An
   return Figure(key, what, found[over] / found[under], note, size["num_tasks"])
 
 
-def _against_eager(session: Session, key: str, size: dict[str, Any]) -> Iterator[Figure]:
+def _against_eager(session: Session, key: str, in_one: int,
+                   size: dict[str, Any]) -> Iterator[Figure]:
   """Our equal-weights step, alone and several in one program, against PyTorch's faster layout."""
-  samples = {}
-  samples["ours"], logs = session.ours("equal", **size)
-  several, _ = session.ours("equal", in_one=_IN_ONE, **size)
-  samples["ours, in one program"] = lambda: several() / _IN_ONE
+  ours = session.ours({"ours": {"balancer": "equal"},
+                       "ours, in one program": {"balancer": "equal", "in_one": in_one}}, **size)
+  samples = {name: program.sample for name, program in ours.items()}
   layouts = ("channels_first", "channels_last")
-  session.theirs(["equal"], samples, logs["losses"], layouts, **size)
+  session.theirs(["equal"], samples, ours["ours"].losses, layouts, **size)
   found = session.medians(samples)
   session.peers.drop()
   best = min((part for part in found if part[0] == "equal"), key=found.get, default=None)
   peer = f"times as fast as PyTorch eager ({best[1] if best else NOT_INSTALLED})"
   yield figure_of(key, peer, found, best, "ours", size)
-  yield figure_of(key, f"{_IN_ONE} steps in one program: {peer}", found, best,
+  yield figure_of(key, f"{in_one} steps in one program: {peer}", found, best,
                   "ours, in one program", size)
 
 
 def equal_weights(session: Session) -> Iterator[Figure]:
   """The reference network, plain."""
   size = {"num_tasks": 2, "batch_size": session.of(64, 256)}
-  yield from _against_eager(session, "equal/torch", size)
+  yield from _against_eager(session, "equal/torch", 8, size)
 
 
 def resnet18(session: Session) -> Iterator[Figure]:
   """ResNet-18, plain; on accelerators, both sides in bfloat16."""
   size = {"num_tasks": 3, "batch_size": session.of(4, 128), "trunk": "resnet18",
           "precision": "bfloat16" if on_accelerator() else "float32"}
-  yield from _against_eager(session, "resnet18/torch", size)
+  yield from _against_eager(session, "resnet18/torch", 2, size)
 
 
 def exact_methods(session: Session) -> Iterator[Figure]:
@@ -155,12 +188,10 @@ def exact_methods(session: Session) -> Iterator[Figure]:
   for num_tasks in (2, 9):
     size = {"num_tasks": num_tasks, "batch_size": session.of(64 if num_tasks == 2 else 16, 256)}
     names = session.of(("mgda", "upgrad") if num_tasks == 2 else ("mgda",), EXACT)
-    samples = {}
-    samples["equal"], logs = session.ours("equal", **size)
-    for name in names:
-      samples[name], _ = session.ours(name, **size)
+    ours = session.ours({name: {"balancer": name} for name in ("equal", *names)}, **size)
+    samples = {name: program.sample for name, program in ours.items()}
     ways = [f"{library}:{name}" for name in names for library in ("libmtl", "torchjd")]
-    session.theirs(ways, samples, logs["losses"], **size)
+    session.theirs(ways, samples, ours["equal"].losses, **size)
     found = session.medians(samples)
     session.peers.drop()
     for name in names:
@@ -174,7 +205,8 @@ def own_streams(session: Session) -> Iterator[Figure]:
   """Two data sets through one trunk as one batch."""
   size = {"num_tasks": 2, "batch_size": session.of(32, 128), "own_streams": True}
   names = ("equal", *session.of(("mgda",), EXACT))
-  found = session.medians({name: session.ours(name, **size)[0] for name in names})
+  ours = session.ours({name: {"balancer": name} for name in names}, **size)
+  found = session.medians({name: program.sample for name, program in ours.items()})
   for name in names[1:]:
     yield figure_of("own_streams/equal", f"{name}: times equal weights", found, name, "equal",
                     size)
@@ -183,40 +215,30 @@ def own_streams(session: Session) -> Iterator[Figure]:
 def many_tasks(session: Session) -> Iterator[Figure]:
   """Forty tasks: what each engine costs, in time and in memory."""
   size = {"num_tasks": session.of(12, 40), "batch_size": session.of(16, 128)}
-  samples = {"equal": session.ours("equal", **size)[0]}
-  variants = [("features", name, 1) for name in session.of(("mgda",), EXACT)]
-  variants += [(engine, "mgda", 1) for engine in ("matrix_free", "sketched")]
-  variants.append(("every_10", "mgda", 10))
-  for variant in variants:
-    engine, name, every = variant
-    samples[variant], _ = session.ours(
-        name, engine if engine in ENGINES else "exact", every=every,
-        count=-(-session.per_sample // every) * every, **size)  # each decision with its keeping
-  found = session.medians(samples)
-  for variant in variants:
-    yield figure_of(f"{variant[0]}/equal", f"{variant[1]}, {variant[0]}: times equal weights",
-                    found, variant, "equal", size)
-  yield from _memory(size)
-
-
-def _memory(size: dict[str, Any]) -> Iterator[Figure]:
-  def compiled(name: str, engine: str) -> tuple[float, int]:
-    """Bytes of the step's arguments, results and temporaries; shared parameters."""
-    step, state, batch = steps.build(balancing.get(name), engine, **size)
-    found = step.lower(state, batch).compile().memory_analysis()
-    count = sum(x.size for x in jax.tree.leaves(state.params["sharing"]))
-    return (found.argument_size_in_bytes + found.output_size_in_bytes
-            + found.temp_size_in_bytes - found.alias_size_in_bytes), count
-  equal, count = compiled("equal", "exact")
-  for engine in ("features", "matrix_free", "sketched"):
-    found, _ = compiled("mgda", engine)
+  keeping = -(-session.per_sample // 10) * 10  # each decision with its keeping
+  variants = {f"features {name}": {"balancer": name, "engine": "features"}
+              for name in session.of(("mgda",), EXACT)}
+  variants |= {engine: {"balancer": "mgda", "engine": engine}
+               for engine in ("matrix_free", "sketched")}
+  variants["every_10"] = {"balancer": "mgda", "every": 10, "count": keeping}
+  ours = session.ours({"equal": {"balancer": "equal"}, "exact": {"balancer": "mgda"}, **variants},
+                      **size)
+  found = session.medians({name: ours[name].sample for name in ("equal", *variants)})
+  for name, variant in variants.items():
+    engine = name.partition(" ")[0]
+    yield figure_of(f"{engine}/equal", f"{variant['balancer']}, {engine}: times equal weights",
+                    found, name, "equal", size)
+  megabytes = {name: program.bytes / 1e6 for name, program in ours.items()}
+  for engine, name in (("features", "features mgda"), ("matrix_free", "matrix_free"),
+                       ("sketched", "sketched")):
     yield Figure("memory/equal", f"{engine}: peak memory over that of equal weights",
-                 found / equal, {"megabytes": {engine: found / 1e6, "equal": equal / 1e6}, **size})
-  exact, _ = compiled("mgda", "exact")
-  rows = 4 * size["num_tasks"] * count
-  yield Figure("memory/rows", "exact: what it adds, in T x P floats", (exact - equal) / rows,
-               {"megabytes": {"exact": exact / 1e6, "equal": equal / 1e6, "T x P": rows / 1e6},
-                **size})
+                 megabytes[name] / megabytes["equal"],
+                 {"megabytes": {engine: megabytes[name], "equal": megabytes["equal"]}, **size})
+  rows = 4e-6 * size["num_tasks"] * ours["equal"].shared
+  yield Figure("memory/rows", "exact: what it adds, in T x P floats",
+               (megabytes["exact"] - megabytes["equal"]) / rows,
+               {"megabytes": {"exact": megabytes["exact"], "equal": megabytes["equal"],
+                              "T x P": rows}, **size})
 
 
 def real_loop(session: Session) -> Iterator[Figure]:

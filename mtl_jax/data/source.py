@@ -42,7 +42,8 @@ class Label:
 class Examples(Protocol):
   """A random-access sequence of examples: `{"image": uint8 [H, W, C], label: …}`, see `Label`.
 
-  Where the images cost much to read, a method `column(name)` gives one label of all without them.
+  Where the images cost much to read, a method `column(name)` gives one label of all without them;
+  where several examples are faster read together, `rows(indices)` gives them stacked.
   """
 
   def __len__(self) -> int: ...
@@ -59,6 +60,19 @@ def column(examples: Examples, name: str) -> np.ndarray:
   if hasattr(examples, "column"):
     return examples.column(name)
   return np.stack([np.asarray(examples[i][name]) for i in range(len(examples))])
+
+
+def rows(examples: Examples, indices: Sequence[int]) -> dict[str, np.ndarray]:
+  """The examples at some places, one at least, stacked.
+
+  >>> digits = Subset(ArrayExamples({"label": np.array([7, 8, 9])}), np.array([2, 0]))
+  >>> rows(Unlabelled(digits, {"label": np.array([False, True])}), [1, 0])["label"].tolist()
+  [-1, 9]
+  """
+  if hasattr(examples, "rows"):
+    return examples.rows(indices)
+  found = [examples[int(index)] for index in indices]
+  return {name: np.stack([example[name] for example in found]) for name in found[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +103,9 @@ class ArrayExamples:
   def column(self, name: str) -> np.ndarray:
     return self.columns[name]
 
+  def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    return {name: values[np.asarray(indices)] for name, values in self.columns.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
@@ -108,6 +125,9 @@ class Subset:
 
   def column(self, name: str) -> np.ndarray:
     return column(self.examples, name)[self.indices]
+
+  def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    return rows(self.examples, self.indices[np.asarray(indices)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +179,15 @@ class Unlabelled:
   def column(self, name: str) -> np.ndarray:
     return self._without(name, column(self.examples, name))
 
-  def _without(self, name: str, values: np.ndarray) -> np.ndarray:
+  def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    return {name: self._without(name, values, np.asarray(indices))
+            for name, values in rows(self.examples, indices).items()}
+
+  def _without(self, name: str, values: np.ndarray,
+               indices: np.ndarray | slice = slice(None)) -> np.ndarray:
     if name not in self.dropped:
       return values
-    gone = self.dropped[name].reshape(-1, *(1,) * (values.ndim - 1))
+    gone = self.dropped[name][indices].reshape(-1, *(1,) * (values.ndim - 1))
     return np.where(gone, missing(values), values)
 
 
@@ -196,6 +221,10 @@ class Columns:
 
   def column(self, name: str) -> np.ndarray:
     return column(self.examples, name)
+
+  def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    found = rows(self.examples, indices)
+    return {name: found[name] for name in self.names}
 
 
 @dataclasses.dataclass(frozen=True)

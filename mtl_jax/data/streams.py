@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+import functools
 import itertools
 from typing import Any
 import zlib
@@ -16,7 +17,7 @@ import numpy as np
 
 from mtl_jax.data.augmentation import augment, normalize
 from mtl_jax.data.order import batch_indices
-from mtl_jax.data.source import Examples, Label
+from mtl_jax.data.source import Examples, Label, rows
 from mtl_jax.randomness import purpose_key
 
 ENGINES = ("resident", "grain")
@@ -115,13 +116,15 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
   iterators = {}
   for stream, examples in streams.items():
     order = (seed + zlib.crc32(stream.encode())) % 2 ** 32  # a stream's own, whatever is beside it
-    dataset = (grain.MapDataset.source(examples).seed(order).shuffle().repeat()
-               [process::num_processes].batch(batch_size // num_processes, drop_remainder=True))
+    # Places are shuffled and batched, not examples, which are then read together.
+    dataset = (grain.MapDataset.range(len(examples)).seed(order).shuffle().repeat()
+               [process::num_processes].batch(batch_size // num_processes, drop_remainder=True)
+               .map(functools.partial(rows, examples)))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     iterators[stream] = iter(dataset.to_iter_dataset(options))
     iterators[stream].set_state({"next_index": int(turns[stream])})
   for names in itertools.repeat(tuple(streams)) if reads is None else reads:
-    batch = {stream: dict(next(iterators[stream])) for stream in names}
+    batch = {stream: next(iterators[stream]) for stream in names}
     for stream, columns in batch.items():
       check_labels(stream, columns, labels[stream])
     yield batch
@@ -144,15 +147,12 @@ def evaluation_batches(streams: Mapping[str, Examples], batch_size: int, *,
 
 def _padded(stream: str, examples: Examples, start: int, count: int,
             labels: Mapping[str, Label]) -> dict[str, np.ndarray]:
-  present = [examples[i] for i in range(start, min(start + count, len(examples)))]
-  template = present[0] if present else examples[0]
-  columns = {"present": np.arange(count) < len(present)}
-  for name, value in template.items():
-    value = np.asarray(value)
-    missing = np.nan if value.dtype.kind == "f" else -1
-    column = np.full((count, *value.shape), 0 if name == "image" else missing, value.dtype)
-    if present:
-      column[:len(present)] = np.stack([example[name] for example in present])
+  size = max(min(count, len(examples) - start), 0)
+  columns = {"present": np.arange(count) < size}
+  for name, values in rows(examples, range(start, start + size) if size else [0]).items():
+    missing = np.nan if values.dtype.kind == "f" else -1
+    column = np.full((count, *values.shape[1:]), 0 if name == "image" else missing, values.dtype)
+    column[:size] = values[:size]
     columns[name] = column
   check_labels(stream, columns, labels)
   return columns

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mtl_jax.data import augmentation, order, splits, streams
-from mtl_jax.data.source import ArrayExamples, Label, Source, Subset
+from mtl_jax.data.source import ArrayExamples, Columns, Joined, Label, Source, Subset, Unlabelled, \
+    rows
 
 LABELS = {"s": {"label": Label("class", 1000)}}
 
@@ -130,6 +131,21 @@ def test_validation_is_cut_by_seed_and_disjoint():
 def test_subset_keeps_its_order():
   subset = Subset(numbered(10), np.array([7, 2]))
   assert subset.arrays()["label"].tolist() == [7, 2] and int(subset[1]["label"]) == 2
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda whole: whole, lambda whole: Subset(whole, np.array([8, 3, 5])),
+    lambda whole: Joined(whole, numbered(4, 50)), lambda whole: Columns(whole, ["label"]),
+    lambda whole: Unlabelled(Subset(whole, np.arange(9)[::-1]), {"label": np.arange(9) % 2 == 0})])
+def test_rows_are_the_examples_one_by_one(wrap):
+  examples = wrap(numbered(9))
+  indices = [2, 0, 1, 2, len(examples) - 1]
+  found = rows(examples, indices)
+  assert found.keys() == examples[0].keys()
+  for name, values in found.items():
+    alone = [examples[i][name] for i in indices]
+    np.testing.assert_array_equal(values, alone)
+    assert values.dtype == alone[0].dtype
 
 
 def test_crop_moves_by_at_most_its_padding_and_flip_mirrors():
