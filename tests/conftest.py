@@ -5,7 +5,8 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "16"  # threads for the fake devices' all-reduces: fewer can starve and abort
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
+# Programs are compiled more often than they run here; a level in the environment goes first.
+os.environ["XLA_FLAGS"] = ("--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
                            + " --xla_force_host_platform_device_count=8")
 
 # One compilation a program, however many runs of it a session starts; launches inherit this.
