@@ -22,7 +22,8 @@ accelerators both multiply float32 in TensorFloat-32.
   loop         the whole loop against the bare step
   seeds        eight seeds in one program against eight runs
   start        seconds to the first training record, without and with compiled programs on disk
-  resnet18     ResNet-18 with equal weights against PyTorch eager
+  resnet18     ResNet-18 with equal weights against PyTorch eager, one step a call and two in one
+               program
 """
 
 import argparse

@@ -5,7 +5,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "16"  # threads for the fake devices' all-reduces: fewer can starve and abort
-# Programs are compiled more often than they run here; a level in the environment goes first.
+# Programs run less often here than they are compiled; flags of the environment come later and win.
 os.environ["XLA_FLAGS"] = ("--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
                            + " --xla_force_host_platform_device_count=8")
 
