@@ -182,3 +182,4 @@ PARTS = (
 )
 
 ROWS = LOSSES + GRAMIAN + TASK_GRADS + PARTS
+FIRST = {row.name: row for row in reversed(ROWS)}  # the first row of each method

@@ -15,9 +15,8 @@ import pytest
 
 from mtl_jax import balancing
 from mtl_jax.balancing.balancer import init_state
-from tests.balancing.rows import ROWS
+from tests.balancing.rows import FIRST
 
-FIRST = {row.name: row for row in reversed(ROWS)}  # the first row of each method
 STARTS = ((-8.5, 7.5), (9.0, 9.0))
 LOWEST = -25.0  # below both objectives everywhere
 

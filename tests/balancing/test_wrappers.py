@@ -7,7 +7,7 @@ import pytest
 
 from mtl_jax import balancing, testing
 from mtl_jax.balancing import wrappers
-from tests.balancing.rows import ROWS
+from tests.balancing.rows import FIRST, ROWS
 
 J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 OTHER = jnp.array([[1.0, 2.0, -1.0], [-2.0, 0.5, 3.0]])
@@ -97,7 +97,9 @@ def test_reduction_moves_between_sum_and_mean():
   np.testing.assert_allclose(balancing.aggregate(dropped, J)[0], J.mean(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{row.kwargs(4)}")
+@pytest.mark.parametrize("row", [
+    pytest.param(row, id=f"{row.name}-{row.kwargs(4)}",
+                 marks=() if row is FIRST[row.name] else pytest.mark.slow) for row in ROWS])
 def test_equal_gradients_come_out_as_the_method_declares(row):
   """`scale` is true: the sum or the mean of T equal gradients."""
   testing.declared_scale(row.build(3), 3)

@@ -68,8 +68,9 @@ def empty_the_record(checkpoint):
   (checkpoint / "record" / "metadata").write_text("")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, lose_a_file, lose_the_state,
-                                    hold_another_state, change_the_record, empty_the_record])
+@pytest.mark.parametrize("damage", [truncate, empty_the_record, hold_another_state, *(
+    pytest.param(damage, marks=pytest.mark.slow)
+    for damage in (flip_a_byte, lose_a_file, lose_the_state, change_the_record))])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(run, capsys, damage):
   folder, whole = run
   damage(folder / "checkpoints" / "12")

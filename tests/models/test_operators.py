@@ -64,6 +64,11 @@ def primitives(jaxpr):
   return names
 
 
+def temporaries(program, *operands):
+  """Bytes that a jitted function works in, besides its arguments and results."""
+  return program.lower(*operands).compile().memory_analysis().temp_size_in_bytes
+
+
 def gradients(f):
   """Outputs of `f`, and all gradients of a function that is not linear in them."""
   def run(*operands):

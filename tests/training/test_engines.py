@@ -14,6 +14,7 @@ from mtl_jax import balancing, models
 from mtl_jax.training import engines, sharding
 from mtl_jax.training.engines.sketched import Sketched, signs
 from mtl_jax.training.task_gradients import check_engine
+from tests.models.test_operators import temporaries
 from tests.training.test_step import Trunk, make
 
 STREAMS = [("s", "s", "s"), ("s", "r", "r")]
@@ -263,8 +264,7 @@ def test_exact_gradients_keep_one_tasks_maps_in_memory():
                                   trunk=models.CNN(channels=(16,), width=2, pool="mean"))
     batch["s"]["image"] = jnp.zeros((64, 32, 32, 3))
     batch["s"] = {name: jnp.resize(x, (64, *x.shape[1:])) for name, x in batch["s"].items()}
-    program = jax.jit(step).lower(state, batch).compile()
-    return program.memory_analysis().temp_size_in_bytes / 2 ** 20
+    return temporaries(jax.jit(step), state, batch) / 2 ** 20
 
   maps = 64 * 16 * 16 * 16 * 4 / 2 ** 20  # pooled, as they are kept
   equal = megabytes(2, balancing.equal())
