@@ -61,7 +61,8 @@ def descend(balancer: balancing.Balancer, steps: int,
     carry, points = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
     return points, carry
 
-  return jax.jit(jax.vmap(run))
+  # Long paths hang on rounding: here it is that of programs as users compile them.
+  return jax.jit(jax.vmap(run), compiler_options={"xla_backend_optimization_level": 3})
 
 
 def criticality(theta: jax.Array) -> jax.Array:
