@@ -1,7 +1,6 @@
 """The measurements behind the table of `run.py`: each gives figures, ratios of medians."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent import futures
 import contextlib
 import os
 import pathlib
@@ -18,7 +17,7 @@ import loop
 import numpy as np
 from peers import NOT_INSTALLED, Peers
 import step as steps
-from timing import Sample, medians, on_accelerator, sample_of, threads
+from timing import Sample, medians, on_accelerator, sample_of
 
 from mtl_jax import balancing
 from mtl_jax.experiment.stepper import stepper
@@ -87,29 +86,26 @@ class Session(NamedTuple):
     return 20 if on_accelerator() else 1
 
   def ours(self, variants: Mapping[Any, Mapping[str, Any]], **size: Any) -> dict[Any, Program]:
-    """Our steps, compiled beside each other; then each runs once.
+    """Our steps, each compiled and run once.
 
     Args:
       variants: by a name of ours, `balancer` and where they matter `engine`, `every`, `count` of
         steps in a sample, and `in_one`, of `step.build`.
       **size: arguments of `step.build` for all of them.
     """
-    def compiled(balancer: str, engine: str = "exact", every: int = 1, count: int | None = None,
-                 in_one: int = 0) -> tuple[Any, ...]:
+    def program(balancer: str, engine: str = "exact", every: int = 1, count: int | None = None,
+                in_one: int = 0) -> Program:
       options = {"every": every} if every > 1 else {}
-      step, *start = steps.build(balancing.get(balancer, **options), engine, in_one=in_one, **size)
-      return step.lower(*start).compile(), *start, count or self.per_sample, max(in_one, 1)
-
-    def started(step: Any, state: Any, batch: Any, count: int, in_one: int) -> Program:
+      step, state, batch = steps.build(balancing.get(balancer, **options), engine, in_one=in_one,
+                                       **size)
+      step = step.lower(state, batch).compile()
       memory = step.memory_analysis()
-      shared = sum(x.size for x in jax.tree.leaves(state.params["sharing"]))
-      sample, logs = sample_of(step, state, batch, steps=count)
-      return Program(lambda: sample() / in_one, logs["losses"],
+      shared = sum(x.size for x in jax.tree.leaves(state.params["sharing"]))  # steps donate it
+      sample, logs = sample_of(step, state, batch, steps=count or self.per_sample)
+      return Program(lambda: sample() / max(in_one, 1), logs["losses"],
                      memory.argument_size_in_bytes + memory.output_size_in_bytes
                      + memory.temp_size_in_bytes - memory.alias_size_in_bytes, shared)
-    with futures.ThreadPoolExecutor(threads()) as pool:
-      programs = list(pool.map(lambda variant: compiled(**variant), variants.values()))
-    return {name: started(*program) for name, program in zip(variants, programs)}
+    return {name: program(**variant) for name, variant in variants.items()}
 
   def theirs(self, ways: Sequence[str], samples: dict[Any, Sample], losses: Any,
              layouts: Sequence[str] = ("channels_first",), **size: Any) -> None:
