@@ -62,7 +62,8 @@ def descend(balancer: balancing.Balancer, steps: int,
     return points, carry
 
   # Long paths hang on rounding: here it is that of programs as users compile them.
-  return jax.jit(jax.vmap(run), compiler_options={"xla_backend_optimization_level": 3})
+  return jax.jit(jax.vmap(run), compiler_options={
+      "xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True})
 
 
 def criticality(theta: jax.Array) -> jax.Array:
