@@ -141,6 +141,7 @@ def test_a_full_disk_is_said_and_what_was_there_survives(tmp_path, environment, 
   assert checksums(folder) == checksums(whole[0])
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_between_checkpoints_does_not_hang(tmp_path, environment):
   argv = command(tmp_path, "run", "--config.train.evaluate_every_steps=160")
   done = finish(limited(9, argv), environment)

@@ -124,11 +124,17 @@ def _verify(file: pathlib.Path, expected: "checksums.UrlInfo", remedy: str) -> N
 def _download(name: str, url: str, expected: "checksums.UrlInfo", archive: pathlib.Path, *,
               allowed: bool) -> None:
   """Downloads to a name of this process alone; only what has been verified becomes `archive`."""
-  import requests
+  def missing(reason: object) -> MissingData:
+    return MissingData(
+        f"expected {name} prepared by TFDS in {archive.parents[2] / name}, or {archive}: found "
+        f"neither\nand {url} cannot be downloaded: {reason}\n"
+        "place that archive, prepare the data set with TFDS, or set config.data.missing=sample")
+
+  if not allowed:
+    raise missing("data.download is off")
+  import requests  # Here: it takes a quarter of a second.
   part = archive.with_name(f"{archive.name}.{uuid.uuid4().hex}")
   try:
-    if not allowed:
-      raise requests.ConnectionError("data.download is off")
     if not _reachable("{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))):
       raise requests.ConnectionError("no answer")
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +142,7 @@ def _download(name: str, url: str, expected: "checksums.UrlInfo", archive: pathl
     _verify(part, expected, f"the download was removed: try again, or place {archive} yourself")
     part.replace(archive)
   except requests.RequestException as error:
-    raise MissingData(
-        f"expected {name} prepared by TFDS in {archive.parents[2] / name}, or {archive}: found "
-        f"neither\nand {url} cannot be downloaded: {error}\n"
-        "place that archive, prepare the data set with TFDS, or set config.data.missing=sample"
-    ) from error
+    raise missing(error) from error
   finally:
     part.unlink(missing_ok=True)
 

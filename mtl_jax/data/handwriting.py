@@ -84,7 +84,7 @@ class Handwriting:
       return np.clip(at // (ONE * PX) + SHEET // 2, 0, SHEET - 1)
 
     index = sheet[:, None, None] * SHEET**2 + on_sheet(*row) * SHEET + on_sheet(*column)
-    return self.sheets.reshape(-1)[index]
+    return self.sheets.reshape(-1).take(index)
 
 
 def by_split() -> dict[str, Handwriting]:

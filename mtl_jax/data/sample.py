@@ -109,4 +109,4 @@ def _painted(ink: np.ndarray, random: Random) -> np.ndarray:
   image += gap[:, :, None] * ink[:, None] // OPAQUE
   image += random.noise((n * 3, _SIDE**2)).reshape(n, 3, -1) // 12
   np.clip(image, 0, 255, out=image)
-  return image.astype(np.uint8).transpose(0, 2, 1).reshape(n, _SIDE, _SIDE, 3)
+  return np.stack([*image.astype(np.uint8).swapaxes(0, 1)], axis=-1).reshape(n, _SIDE, _SIDE, 3)

@@ -196,7 +196,7 @@ def _with_rates(experiment: Experiment) -> Experiment:
   section = experiment.config.init_from
   made = by_part(experiment.optimizer, freeze=section.freeze,
                  learning_rate_scale=section.learning_rate_scale.to_dict())
-  params = jax.eval_shape(lambda: experiment.create_state(0)).params
+  params = jax.eval_shape(experiment.first_state).params
   try:
     check_patterns("skip", section.skip, list(flatten_dict(params)))
     jax.eval_shape(made.init, params)
@@ -208,7 +208,7 @@ def _with_rates(experiment: Experiment) -> Experiment:
 def _check_shapes(experiment: Experiment) -> None:
   """Traces the model once, so that what does not fit is known before anything runs."""
   try:
-    state = jax.eval_shape(lambda: experiment.create_state(0))
+    state = jax.eval_shape(experiment.first_state)
   except flax.errors.ScopeParamShapeError as error:
     raise UserError("config.trunk: expected one that takes images of any size, such as resnet18 or "
                     f"cnn with pool=mean, for images of {experiment.shapes}") from error

@@ -141,6 +141,11 @@ class Experiment:
                               schedule_state=self.schedule.init(len(self.tasks)),
                               gradients=self.gradients)
 
+  @functools.cached_property
+  def first_state(self) -> Callable[[], Any]:
+    """A fresh training state of the config's seed: one function, which JAX traces once."""
+    return functools.partial(self.create_state, self.config.seed)
+
   def train_step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     """One step on a batch with uint8 images."""
     return self.prepared_step(state, self.preprocess(batch, state.seed, state.step, train=True))

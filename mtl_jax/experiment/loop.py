@@ -137,8 +137,7 @@ def _mesh(experiment: Experiment) -> Mesh:
 
 
 def _abstract_state(experiment: Experiment, mesh: Mesh) -> Any:
-  shapes = jax.eval_shape(lambda: experiment.create_state(experiment.config.seed))
-  return shapes_of(shapes, replicated(mesh))
+  return shapes_of(jax.eval_shape(experiment.first_state), replicated(mesh))
 
 
 def _begin(experiments: Sequence[Experiment], folders: Sequence[RunFolder], mesh: Mesh,

@@ -55,7 +55,7 @@ def first_state(experiment: Experiment, mesh: Mesh, console: Console,
   section = experiment.config.init_from
   if not section:
     return _fresh(experiment, mesh, compiled)
-  origin, merged, account = _found(section, jax.eval_shape(lambda: experiment.create_state(0)))
+  origin, merged, account = _found(section, jax.eval_shape(experiment.first_state))
   console.transfer(origin, account)
   state = _fresh(experiment, mesh, compiled)
   fresh = _variables(state)
@@ -67,11 +67,10 @@ def first_state(experiment: Experiment, mesh: Mesh, console: Console,
 
 
 def _fresh(experiment: Experiment, mesh: Mesh, compiled: Callable[[Any], Any] | None) -> Any:
-  seed = experiment.config.seed
   if compiled is None:
-    return create_sharded(lambda: experiment.create_state(seed), mesh)
+    return create_sharded(experiment.first_state, mesh)
   weights = np.asarray(experiment.task_weights, np.float32)
-  return compiled(np.uint32(seed)).replace(
+  return compiled(np.uint32(experiment.config.seed)).replace(
       task_weights=jax.device_put(weights, replicated(mesh)))
 
 

@@ -67,9 +67,10 @@ def _options(platform: str) -> dict[str, str] | None:
 def create_sharded(create: Callable[[], Any], mesh: Mesh) -> Any:
   """Runs `create()` under jit, its results created where they will live."""
   # It runs once: on CPUs, XLA's full effort takes seconds to save milliseconds.
+  quickly = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   return jax.jit(create, out_shardings=replicated(mesh),
-                 compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None)()
+                 compiler_options=quickly if on_cpu else None)()
 
 
 def sharded_step(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable:

@@ -56,6 +56,7 @@ def test_folds_continue_and_are_summed_up(tmp_path, monkeypatch):
   folds.evaluate(config, tmp_path / "whole")  # raises where the numbers differ
 
 
+@pytest.mark.slow
 def test_the_folder_of_another_cross_validation_is_refused(tmp_path):
   folds.train(fields.complete(tiny_config(**CHANGES)), tmp_path)
   other = fields.complete(tiny_config(**{**CHANGES, "data.folds": 2}))

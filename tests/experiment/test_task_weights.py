@@ -52,7 +52,8 @@ def test_by_data_size(monkeypatch):
   np.testing.assert_allclose(experiment.task_weights, sizes / sizes.mean())
 
 
-@pytest.mark.parametrize("rule", [pytest.param("complexity", marks=pytest.mark.slow), "validation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["complexity", "validation"])
 def test_by_losses_and_the_same_after_an_interruption(rule, tmp_path, monkeypatch):
   """Stopped after the first evaluation, the run goes on with the weights that it had."""
   changes = {"task_weights": {"name": rule}, "train.log_every_steps": 1}

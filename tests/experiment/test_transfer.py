@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from mtl_jax.data import sources
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import fields, loop, transfer
+from mtl_jax.experiment import experiment, fields, loop, transfer
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.console import Console
 from mtl_jax.training import sharding
@@ -62,6 +62,19 @@ def source(tmp_path_factory):
 @pytest.fixture
 def found(source):
   return transfer.read(str(source))[1]
+
+
+def test_a_run_traces_its_first_state_once(monkeypatch, tmp_path):
+  states = []
+
+  def counted(seed, *args, **kwargs):
+    states.append(seed)
+    return create(seed, *args, **kwargs)
+
+  create = experiment.create_train_state
+  monkeypatch.setattr(experiment, "create_train_state", counted)
+  loop.train(make(seed=3, **{"train.steps": 1}), tmp_path)
+  assert states == [3]
 
 
 def test_the_best_checkpoint_is_read_and_the_folder_left_alone(source, found, tmp_path):
