@@ -2,21 +2,19 @@
 
   resident  the examples live on the device as uint8; a batch is drawn from (seed, step) inside the
             compiled step.
-  grain     examples are read, shuffled and batched on the host by Grain, for what does not fit; the
-            iterator starts at any step without replaying what came before.
+  grain     the same batches, read ahead on the host by Grain, for what does not fit; the iterator
+            starts at any step without replaying what came before.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-import functools
 import itertools
 from typing import Any
-import zlib
 
 import jax
 import numpy as np
 
 from mtl_jax.data.augmentation import augment, normalize
-from mtl_jax.data.order import batch_indices
+from mtl_jax.data.order import batch_indices, batch_indices_on_host
 from mtl_jax.data.source import Examples, Label, rows
 from mtl_jax.randomness import purpose_key
 
@@ -45,7 +43,11 @@ def resident_batch(columns: Mapping[str, Mapping[str, jax.Array]], batch_size: i
 def stream_indices(stream: str, batch_size: int, size: int, seed: jax.Array,
                    turn: jax.Array) -> jax.Array:
   """Which of a stream's `size` examples its batch number `turn` holds, [batch_size]."""
-  return batch_indices(purpose_key(seed, f"order/{stream}"), turn, batch_size, size)
+  return batch_indices(_order_key(seed, stream), turn, batch_size, size)
+
+
+def _order_key(seed: jax.typing.ArrayLike, stream: str) -> jax.Array:
+  return purpose_key(seed, f"order/{stream}")
 
 
 def preprocess(batch: Mapping[str, Mapping[str, jax.Array]], seed: jax.Array, step: jax.Array, *,
@@ -113,13 +115,15 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
     ValueError: where a batch holds a label out of range.
   """
   import grain
-  iterators = {}
+  iterators, local = {}, batch_size // num_processes
   for stream, examples in streams.items():
-    order = (seed + zlib.crc32(stream.encode())) % 2 ** 32  # a stream's own, whatever is beside it
-    # Places are shuffled and batched, not examples, which are then read together.
-    dataset = (grain.MapDataset.range(len(examples)).seed(order).shuffle().repeat()
-               [process::num_processes].batch(batch_size // num_processes, drop_remainder=True)
-               .map(functools.partial(rows, examples)))
+    bits = np.asarray(jax.random.bits(_order_key(seed, stream)))
+
+    def read(turn, examples=examples, bits=bits):
+      places = batch_indices_on_host(bits, turn, batch_size, len(examples))
+      return rows(examples, places[process * local:(process + 1) * local])
+
+    dataset = grain.MapDataset.range(2 ** 32 // batch_size).map(read)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     iterators[stream] = iter(dataset.to_iter_dataset(options))
     iterators[stream].set_state({"next_index": int(turns[stream])})

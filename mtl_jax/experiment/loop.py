@@ -167,32 +167,44 @@ def _begin(experiments: Sequence[Experiment], folders: Sequence[RunFolder], mesh
 
 def _to_the_end(runs: Sequence[Run], steps: Steps, stop: Sequence[int],
                 console: Console) -> None:
-  """Trains, evaluates and saves until the last step is done, or `stop` holds a signal."""
+  """Trains, evaluates and saves until the last step is done, or `stop` holds a signal.
+
+  What a call has logged is read while the next one runs: devices do not wait for the host.
+  """
   experiment = runs[0].experiment
-  total, every = experiment.num_steps, experiment.evaluate_every
+  step, total, every = runs[0].step, experiment.num_steps, experiment.evaluate_every
   per_call = steps_per_call(experiment)
   examples = experiment.config.data.batch_size * sum(experiment.schedule.shares.values())
-  console.start_progress(runs[0].step, total)
-  called_at = time.perf_counter()
+  unread, read_at = None, time.perf_counter()
+
+  def read(logs, count):
+    nonlocal read_at
+    logs = jax.device_get(logs)
+    now = time.perf_counter()
+    rate, read_at = count * examples / (now - read_at), now
+    losses = [run.log(one, count, rate) for run, one in zip(runs, logs)]
+    console.advance(runs[0].step, np.mean(losses, axis=0), experiment.tasks)
+
+  console.start_progress(step, total)
   try:
-    while (step := runs[0].step) < total:
+    while step < total:
       event = min((step // every + 1) * every, total)
       count = min((step // per_call + 1) * per_call, event) - step
       states, logs = steps([run.state for run in runs], count)
+      step += count
       for run, state in zip(runs, states):
         run.state = state
-      logs = jax.device_get(logs)
-      now = time.perf_counter()
-      rate, called_at = count * examples / (now - called_at), now
-      losses = [run.log(one, count, rate) for run, one in zip(runs, logs)]
-      console.advance(step + count, np.mean(losses, axis=0), experiment.tasks)
-      if step + count == event:
+      if unread:
+        read(*unread)
+      unread, stopping = (logs, count), bool(stop)
+      if step < event and not stopping:
+        continue
+      read(*unread)
+      if step == event:
         for run in runs:
           run.validate()
-      stopping = bool(stop)
-      if step + count == event or stopping:
-        _save(runs)
-        called_at = time.perf_counter()
+      _save(runs)
+      unread, read_at = None, time.perf_counter()
       if stopping:
         _wait(runs)
         raise Interrupted(stop[0])

@@ -32,8 +32,8 @@ class Run:
   Attributes:
     experiment: what is run.
     checkpoints: its own.
-    step: steps done.
-    state: after that step.
+    step: steps whose logs have been read.
+    state: after the newest step; a call of steps may be on its way whose logs are not read yet.
   """
 
   def __init__(self, experiment: Experiment, folder: RunFolder, checkpoints: Checkpoints,

@@ -1,5 +1,6 @@
 """Order, streams, splits and augmentation."""
 
+import functools
 import itertools
 
 import jax
@@ -75,14 +76,27 @@ def test_grain_batches_start_anywhere_as_if_they_had_come_there():
     assert sorted(whole) == sorted(np.concatenate([s["s"]["label"] for s in shares]))
 
 
-def test_both_engines_have_one_schema():
-  examples = {"s": numbered(20)}
-  host = next(streams.grain_batches(examples, 4, 0, {"s": 0}, labels=LABELS))
-  resident = streams.resident_batch({"s": {k: jnp.asarray(v) for k, v in
-                                           examples["s"].arrays().items()}}, 4,
-                                    jnp.asarray(0), {"s": jnp.asarray(0)})
-  schema = lambda batch: jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch)
-  assert schema(host) == schema(resident)
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_both_engines_draw_the_same_batches(num_processes):
+  examples = {s: numbered(size) for s, size in [("long", 21), ("short", 3)]}
+  columns = {s: {k: jnp.asarray(v) for k, v in e.arrays().items()} for s, e in examples.items()}
+  labels = {s: LABELS["s"] for s in examples}
+  shares = [streams.grain_batches(examples, 4, 7, {"long": 2, "short": 0}, labels=labels, process=p,
+                                  num_processes=num_processes) for p in range(num_processes)]
+  for turn, parts in enumerate(itertools.islice(zip(*shares), 9)):
+    turns = {"long": jnp.asarray(turn + 2), "short": jnp.asarray(turn)}
+    resident = streams.resident_batch(columns, 4, jnp.asarray(7), turns)
+    host = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), host, resident)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 97, 1 << 12, 50_000])
+def test_the_host_draws_what_a_compiled_step_draws(size):
+  key = jax.random.key(3)
+  for step in (0, 1, 700, 2 ** 32 // 16 - 1):
+    found = order.batch_indices_on_host(np.asarray(jax.random.bits(key)), step, 16, size)
+    np.testing.assert_array_equal(found, order.batch_indices(key, jnp.asarray(step), 16, size),
+                                  strict=True)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -210,6 +210,20 @@ def test_a_damaged_best_gives_way_to_the_newest_with_a_warning(tmp_path, monkeyp
 
 
 @pytest.mark.slow
+def test_logs_are_read_while_the_next_call_runs(tmp_path, monkeypatch):
+  happened, make_steps, log, validate = [], loop.stepper, Run.log, Run.validate
+
+  def stepper(*args):
+    steps = make_steps(*args)
+    return lambda *given: happened.append("call") or steps(*given)
+
+  monkeypatch.setattr(loop, "stepper", stepper)
+  monkeypatch.setattr(Run, "log", lambda *args: happened.append("log") or log(*args))
+  monkeypatch.setattr(Run, "validate", lambda run: happened.append("validate") or validate(run))
+  loop.train(make(**{"train.steps": 5, "train.evaluate_every_steps": 3}), tmp_path)
+  assert " ".join(happened) == "call call log call log log validate call call log log validate"
+
+
 def test_rates_are_those_of_whole_calls(tmp_path):
   loop.train(make(**{"train.steps_per_call": 4, "train.log_every_steps": 1}), tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
