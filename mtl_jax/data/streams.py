@@ -6,7 +6,8 @@
             starts at any step without replaying what came before.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import functools
 import itertools
 from typing import Any
 
@@ -19,6 +20,8 @@ from mtl_jax.data.source import Examples, Label, rows
 from mtl_jax.randomness import purpose_key
 
 ENGINES = ("resident", "grain")
+
+_DRAWN = 16  # batches whose places are drawn at a time on the host
 
 
 def resident_batch(columns: Mapping[str, Mapping[str, jax.Array]], batch_size: int,
@@ -117,12 +120,8 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
   import grain
   iterators, local = {}, batch_size // num_processes
   for stream, examples in streams.items():
-    bits = np.asarray(jax.random.bits(_order_key(seed, stream)))
-
-    def read(turn, examples=examples, bits=bits):
-      places = batch_indices_on_host(bits, turn, batch_size, len(examples))
-      return rows(examples, places[process * local:(process + 1) * local])
-
+    read = _reader(examples, _order_key(seed, stream), batch_size,
+                   slice(process * local, (process + 1) * local))
     dataset = grain.MapDataset.range(2 ** 32 // batch_size).map(read)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     iterators[stream] = iter(dataset.to_iter_dataset(options))
@@ -132,6 +131,21 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
     for stream, columns in batch.items():
       check_labels(stream, columns, labels[stream])
     yield batch
+
+
+def _reader(examples: Examples, key: jax.Array, batch_size: int,
+            share: slice) -> Callable[[int], dict[str, np.ndarray]]:
+  """`read(turn)`, the share of one batch."""
+  bits = np.asarray(jax.random.bits(key))
+
+  @functools.lru_cache(maxsize=4)
+  def places(block):  # Batches follow one another without a gap: many are drawn at the price of one.
+    return batch_indices_on_host(bits, block, _DRAWN * batch_size, len(examples))
+
+  def read(turn):
+    block, place = divmod(turn, _DRAWN)
+    return rows(examples, places(block)[place * batch_size:][share])
+  return read
 
 
 def evaluation_batches(streams: Mapping[str, Examples], batch_size: int, *,

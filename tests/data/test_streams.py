@@ -81,10 +81,10 @@ def test_both_engines_draw_the_same_batches(num_processes):
   examples = {s: numbered(size) for s, size in [("long", 21), ("short", 3)]}
   columns = {s: {k: jnp.asarray(v) for k, v in e.arrays().items()} for s, e in examples.items()}
   labels = {s: LABELS["s"] for s in examples}
-  shares = [streams.grain_batches(examples, 4, 7, {"long": 2, "short": 0}, labels=labels, process=p,
+  shares = [streams.grain_batches(examples, 4, 7, {"long": 12, "short": 0}, labels=labels, process=p,
                                   num_processes=num_processes) for p in range(num_processes)]
   for turn, parts in enumerate(itertools.islice(zip(*shares), 9)):
-    turns = {"long": jnp.asarray(turn + 2), "short": jnp.asarray(turn)}
+    turns = {"long": jnp.asarray(turn + 12), "short": jnp.asarray(turn)}
     resident = streams.resident_batch(columns, 4, jnp.asarray(7), turns)
     host = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), host, resident)
