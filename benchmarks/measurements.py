@@ -78,7 +78,7 @@ class Session(NamedTuple):
 
   def medians(self, samples: dict[Any, Sample]) -> dict[Any, float]:
     """Medians in seconds."""
-    return medians(samples, self.of(2, 9), longest=self.of(4.0, 45.0))
+    return medians(samples, self.of(2, 9), longest=self.of(4.0, 36.0))
 
   @property
   def per_sample(self) -> int:

@@ -9,6 +9,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import functools
 import itertools
+import threading
 from typing import Any
 
 import jax
@@ -136,7 +137,7 @@ def grain_batches(streams: Mapping[str, Examples], batch_size: int, seed: int,
 def _reader(examples: Examples, key: jax.Array, batch_size: int,
             share: slice) -> Callable[[int], dict[str, np.ndarray]]:
   """`read(turn)`, the share of one batch."""
-  bits = np.asarray(jax.random.bits(key))
+  bits, one_at_a_time = np.asarray(jax.random.bits(key)), threading.Lock()
 
   @functools.lru_cache(maxsize=4)
   def places(block):  # Batches follow one another without a gap: many are drawn at the price of one.
@@ -144,7 +145,9 @@ def _reader(examples: Examples, key: jax.Array, batch_size: int,
 
   def read(turn):
     block, place = divmod(turn, _DRAWN)
-    return rows(examples, places(block)[place * batch_size:][share])
+    with one_at_a_time:  # Grain's threads need the same block.
+      drawn = places(block)
+    return rows(examples, drawn[place * batch_size:][share])
   return read
 
 
