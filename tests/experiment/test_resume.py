@@ -209,7 +209,6 @@ def test_a_damaged_best_gives_way_to_the_newest_with_a_warning(tmp_path, monkeyp
   assert {k: validation[k] for k in summary["validation"]} == summary["validation"]
 
 
-@pytest.mark.slow
 def test_logs_are_read_while_the_next_call_runs(tmp_path, monkeypatch):
   happened, make_steps, log, validate = [], loop.stepper, Run.log, Run.validate
 
@@ -224,6 +223,7 @@ def test_logs_are_read_while_the_next_call_runs(tmp_path, monkeypatch):
   assert " ".join(happened) == "call call log call log log validate call call log log validate"
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_whole_calls(tmp_path):
   loop.train(make(**{"train.steps_per_call": 4, "train.log_every_steps": 1}), tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
