@@ -39,7 +39,7 @@ def experiment_of(file: str, steps: int, engine: str, data_dir: str,
 def bare_rate(experiment: build.Experiment, steps: int) -> float:
   """Images a second of the step alone, from one batch on the device."""
   mesh = data_mesh()
-  state = create_sharded(lambda: experiment.create_state(0), mesh)
+  state = create_sharded(experiment.first_state, mesh)
   size = experiment.config.data.batch_size
   batch = {stream: {k: v[:size] for k, v in examples.arrays().items()}
            for stream, examples in experiment.examples("train").items()}
@@ -59,13 +59,16 @@ def bare_rate(experiment: build.Experiment, steps: int) -> float:
 
 
 def loop_rate(experiment: build.Experiment) -> float:
-  """Images a second that a real run logs, its first records (compilation) left out."""
+  """Images a second that a real run logs, its first and last records left out.
+
+  The first holds the compilation, the last is an average over all calls.
+  """
   with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     loop.train(experiment, pathlib.Path(folder) / "run")
     lines = (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
   rates = [r["examples_per_second"] for r in records if r["split"] == "train"]
-  return statistics.median(rates[1:])
+  return statistics.median(rates[1:-1])
 
 
 def rates(file: str, steps: int, repeats: int) -> dict[str, float]:

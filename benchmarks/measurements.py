@@ -239,7 +239,7 @@ def many_tasks(session: Session) -> Iterator[Figure]:
 
 def real_loop(session: Session) -> Iterator[Figure]:
   """The whole loop against the bare step."""
-  count, repeats = session.of((20, 1), (120, 3))
+  count, repeats = session.of((30, 1), (120, 3))
   rates = loop.rates(str(REPOSITORY / "configs" / "cifar_mtl.py"), count, repeats)
   for engine in (name for name in rates if name != "bare step"):
     yield Figure("loop/bare", f"{engine}: images a second over those of the bare step",
@@ -256,7 +256,7 @@ def seeds(session: Session) -> Iterator[Figure]:
 
     def sample(several: Sequence[Any]) -> Sample:
       steps, mesh = stepper(several, data_mesh(), 0, stack), data_mesh()
-      states = [create_sharded(lambda one=one: one.create_state(one.config.seed), mesh)
+      states = [create_sharded(one.first_state, mesh)
                 for one in several]
       return sample_of(lambda states, _: steps(states, 1), states, None,
                        steps=session.per_sample)[0]

@@ -58,7 +58,7 @@ def config_of(args: argparse.Namespace, data: str, row: tuple[str, list[str]]) -
 def step_of(experiment: build.Experiment) -> Sample:
   """A sample of an experiment's compiled step on its first examples."""
   mesh = data_mesh()
-  state = create_sharded(lambda: experiment.create_state(0), mesh)
+  state = create_sharded(experiment.first_state, mesh)
   size = experiment.config.data.batch_size
   batch = {stream: {name: column[:size] for name, column in examples.arrays().items()}
            for stream, examples in experiment.examples("train").items()}
@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, data: str) -> list[dict[str, Any]]:
     metrics = {task.name: {"metric": task.metrics[0].name, "unit": task.metrics[0].unit,
                            **summary["test"][f"{task.name}/{task.metrics[0].name}"]}
                for task in first[name].tasks}
-    params = jax.eval_shape(lambda name=name: first[name].create_state(0)).params
+    params = jax.eval_shape(first[name].first_state).params
     records.append({
         "benchmark": "sharing", "data": summary["data"], "sharing": name, "steps": args.steps,
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)),

@@ -176,12 +176,15 @@ def _to_the_end(runs: Sequence[Run], steps: Steps, stop: Sequence[int],
   per_call = steps_per_call(experiment)
   examples = experiment.config.data.batch_size * sum(experiment.schedule.shares.values())
   unread, read_at = None, time.perf_counter()
+  first, began = step, read_at  # of the calls since the last evaluation
 
-  def read(logs, count):
+  def read(logs, count, is_last=False):
     nonlocal read_at
     logs = jax.device_get(logs)
     now = time.perf_counter()
-    rate, read_at = count * examples / (now - read_at), now
+    # Where a call returns when it is done, the last two are read at once: no time of its own.
+    done, since = (step - first, began) if is_last else (count, read_at)
+    rate, read_at = done * examples / (now - since), now
     losses = [run.log(one, count, rate) for run, one in zip(runs, logs)]
     console.advance(runs[0].step, np.mean(losses, axis=0), experiment.tasks)
 
@@ -199,12 +202,13 @@ def _to_the_end(runs: Sequence[Run], steps: Steps, stop: Sequence[int],
       unread, stopping = (logs, count), bool(stop)
       if step < event and not stopping:
         continue
-      read(*unread)
+      read(*unread, is_last=True)
       if step == event:
         for run in runs:
           run.validate()
       _save(runs)
       unread, read_at = None, time.perf_counter()
+      first, began = step, read_at
       if stopping:
         _wait(runs)
         raise Interrupted(stop[0])
