@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import jax
 import pytest
@@ -221,6 +222,21 @@ def test_logs_are_read_while_the_next_call_runs(tmp_path, monkeypatch):
   monkeypatch.setattr(Run, "validate", lambda run: happened.append("validate") or validate(run))
   loop.train(make(**{"train.steps": 5, "train.evaluate_every_steps": 3}), tmp_path)
   assert " ".join(happened) == "call call log call log log validate call call log log validate"
+
+
+def test_no_rate_is_above_that_of_calls_that_return_when_done(tmp_path, monkeypatch):
+  make_steps = loop.stepper
+
+  def stepper(*args):
+    steps = make_steps(*args)
+    return lambda *given: time.sleep(0.05) or jax.block_until_ready(steps(*given))
+
+  monkeypatch.setattr(loop, "stepper", stepper)
+  loop.train(make(**{"train.steps": 6, "train.evaluate_every_steps": 3,
+                     "train.log_every_steps": 1}), tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  rates = [line["examples_per_second"] for line in lines if line["split"] == "train"]
+  assert len(rates) == 6 and max(rates) <= 2 * 8 / 0.05  # examples of two streams a call
 
 
 @pytest.mark.slow
