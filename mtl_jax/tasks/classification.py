@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mtl_jax.tasks import arguments
 from mtl_jax.tasks.class_counts import class_counts, mean_f1
@@ -28,13 +27,23 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, class_weights: np.ndarra
   [0.6931]
   """
   logits = logits.astype(jnp.float32)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  losses = jax.nn.logsumexp(logits, axis=-1) - _at(logits, labels)
   if label_smoothing:
     spread = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
     losses = (1 - label_smoothing) * losses + label_smoothing * spread
   if class_weights is not None:
     losses *= jnp.asarray(class_weights, jnp.float32)[labels]
   return losses
+
+
+def _at(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Of logits [..., C] those at the labels [...]; NaN where a label is no class.
+
+  Not by an index, whose gradient is a scatter, which adds one by one.
+  """
+  is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.bool_)
+  found = jnp.where(is_label, logits, 0).sum(axis=-1)
+  return jnp.where((labels >= 0) & (labels < logits.shape[-1]), found, jnp.nan)
 
 
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -179,11 +179,11 @@ def _penalised(grads: Any, model: MultiTaskModel, params: Any,
 def _own_grads(passes: Sequence[Pass], decision: Decision, balancer: Balancer,
                model: MultiTaskModel, tasks: Sequence[Task]) -> Flat:
   """Gradients of what tasks own, each task's own times its weight where the method says so."""
-  if decision.part_weights is not None:
-    scales = decision.part_weights
-  else:
-    first = decision.weights if balancer.scale_heads else passes[0].active
-    scales = first[None]
+  scales = decision.part_weights
+  if scales is None:
+    if not balancer.scale_heads:  # an inactive task's are zero
+      return passes[0].own_grads
+    scales = decision.weights[None]
   order = {task.name: i for i, task in enumerate(tasks)}
 
   def scaled(grads: Flat, scale: jax.Array) -> Flat:
