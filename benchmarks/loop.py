@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import jax
-from timing import emit
+from timing import emit, programs_kept
 
 from mtl_jax.data import streams
 from mtl_jax.experiment import build, config, fields, loop
@@ -91,7 +91,8 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=120)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
-  found = rates(args.config, args.steps, args.repeats)
+  with programs_kept():
+    found = rates(args.config, args.steps, args.repeats)
   for what, rate in found.items():
     emit("loop", what=what, config=args.config, images_per_second=round(rate, 1),
          ratio_to_bare=round(rate / found["bare step"], 3))

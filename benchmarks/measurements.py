@@ -81,6 +81,11 @@ class Session(NamedTuple):
     return medians(samples, self.of(2, 9), longest=self.of(4.0, 36.0))
 
   @property
+  def steps(self) -> int:
+    """Steps of a real run, the same for all, so that their programs are."""
+    return self.of(30, 120)
+
+  @property
   def per_sample(self) -> int:
     """Steps in a sample: a single one tells nothing of a device that is asked in advance."""
     return 20 if on_accelerator() else 1
@@ -152,8 +157,9 @@ def figure_of(key: str, what: str, found: dict[Any, float], over: Any, under: An
 def _against_eager(session: Session, key: str, in_one: int,
                    size: dict[str, Any]) -> Iterator[Figure]:
   """Our equal-weights step, alone and several in one program, against PyTorch's faster layout."""
-  ours = session.ours({"ours": {"balancer": "equal"},
-                       "ours, in one program": {"balancer": "equal", "in_one": in_one}}, **size)
+  alone = {"ours": {"balancer": "equal"}}
+  ours = session.ours(session.of(alone, {
+      **alone, "ours, in one program": {"balancer": "equal", "in_one": in_one}}), **size)
   samples = {name: program.sample for name, program in ours.items()}
   layouts = ("channels_first", "channels_last")
   session.theirs(["equal"], samples, ours["ours"].losses, layouts, **size)
@@ -162,8 +168,9 @@ def _against_eager(session: Session, key: str, in_one: int,
   best = min((part for part in found if part[0] == "equal"), key=found.get, default=None)
   peer = f"times as fast as PyTorch eager ({best[1] if best else NOT_INSTALLED})"
   yield figure_of(key, peer, found, best, "ours", size)
-  yield figure_of(key, f"{in_one} steps in one program: {peer}", found, best,
-                  "ours, in one program", size)
+  if not session.quick:
+    yield figure_of(key, f"{in_one} steps in one program: {peer}", found, best,
+                    "ours, in one program", size)
 
 
 def equal_weights(session: Session) -> Iterator[Figure]:
@@ -181,9 +188,9 @@ def resnet18(session: Session) -> Iterator[Figure]:
 
 def exact_methods(session: Session) -> Iterator[Figure]:
   """Methods by exact task gradients, against both peers and against equal weights."""
-  for num_tasks in (2, 9):
-    size = {"num_tasks": num_tasks, "batch_size": session.of(64 if num_tasks == 2 else 16, 256)}
-    names = session.of(("mgda", "upgrad") if num_tasks == 2 else ("mgda",), EXACT)
+  for num_tasks in session.of((2,), (2, 9)):
+    size = {"num_tasks": num_tasks, "batch_size": session.of(64, 256)}
+    names = session.of(("mgda",), EXACT)
     ours = session.ours({name: {"balancer": name} for name in ("equal", *names)}, **size)
     samples = {name: program.sample for name, program in ours.items()}
     ways = [f"{library}:{name}" for name in names for library in ("libmtl", "torchjd")]
@@ -209,16 +216,16 @@ def own_streams(session: Session) -> Iterator[Figure]:
 
 
 def many_tasks(session: Session) -> Iterator[Figure]:
-  """Forty tasks: what each engine costs, in time and in memory."""
-  size = {"num_tasks": session.of(12, 40), "batch_size": session.of(16, 128)}
+  """Forty tasks, or four: what each engine costs, in time and in memory."""
+  size = {"num_tasks": session.of(4, 40), "batch_size": session.of(16, 128)}
   keeping = -(-session.per_sample // 10) * 10  # each decision with its keeping
   variants = {f"features {name}": {"balancer": name, "engine": "features"}
               for name in session.of(("mgda",), EXACT)}
   variants |= {engine: {"balancer": "mgda", "engine": engine}
                for engine in ("matrix_free", "sketched")}
   variants["every_10"] = {"balancer": "mgda", "every": 10, "count": keeping}
-  ours = session.ours({"equal": {"balancer": "equal"}, "exact": {"balancer": "mgda"}, **variants},
-                      **size)
+  exact = session.of({}, {"exact": {"balancer": "mgda"}})
+  ours = session.ours({"equal": {"balancer": "equal"}, **exact, **variants}, **size)
   found = session.medians({name: ours[name].sample for name in ("equal", *variants)})
   for name, variant in variants.items():
     engine = name.partition(" ")[0]
@@ -231,16 +238,17 @@ def many_tasks(session: Session) -> Iterator[Figure]:
                  megabytes[name] / megabytes["equal"],
                  {"megabytes": {engine: megabytes[name], "equal": megabytes["equal"]}, **size})
   rows = 4e-6 * size["num_tasks"] * ours["equal"].shared
-  yield Figure("memory/rows", "exact: what it adds, in T x P floats",
-               (megabytes["exact"] - megabytes["equal"]) / rows,
-               {"megabytes": {"exact": megabytes["exact"], "equal": megabytes["equal"],
-                              "T x P": rows}, **size})
+  for engine in exact:
+    yield Figure("memory/rows", f"{engine}: what it adds, in T x P floats",
+                 (megabytes[engine] - megabytes["equal"]) / rows,
+                 {"megabytes": {engine: megabytes[engine], "equal": megabytes["equal"],
+                                "T x P": rows}, **size})
 
 
 def real_loop(session: Session) -> Iterator[Figure]:
   """The whole loop against the bare step."""
-  count, repeats = session.of((30, 1), (120, 3))
-  rates = loop.rates(str(REPOSITORY / "configs" / "cifar_mtl.py"), count, repeats)
+  rates = loop.rates(str(REPOSITORY / "configs" / "cifar_mtl.py"), session.steps,
+                     session.of(1, 3))
   for engine in (name for name in rates if name != "bare step"):
     yield Figure("loop/bare", f"{engine}: images a second over those of the bare step",
                  rates[engine] / rates["bare step"],
@@ -251,7 +259,7 @@ def seeds(session: Session) -> Iterator[Figure]:
   """Seeds in one program against a program for each, steps alone, data drawn and augmented."""
   count, file = session.of(2, 8), str(REPOSITORY / "configs" / "cifar_mtl.py")
   with tempfile.TemporaryDirectory() as data_dir, contextlib.ExitStack() as stack:
-    experiments = [loop.experiment_of(file, 100, "resident", data_dir, seed)
+    experiments = [loop.experiment_of(file, session.steps, "resident", data_dir, seed)
                    for seed in range(count)]
 
     def sample(several: Sequence[Any]) -> Sample:

@@ -31,7 +31,8 @@ class Peers:
   def start(self) -> bool:
     """Whether PyTorch is there."""
     if self.versions is None:
-      probe = subprocess.run([self._command[0], "-c", "import torch"], capture_output=True)
+      find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+      probe = subprocess.run([self._command[0], "-c", find], capture_output=True)
       if probe.returncode:
         self.versions = {"torch": NOT_INSTALLED}
       else:

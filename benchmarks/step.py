@@ -15,14 +15,15 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from timing import emit, medians, sample_of
 
 import mtl_jax
 from mtl_jax import balancing, models, tasks
 from mtl_jax.training.engines import ENGINES
 from mtl_jax.training.optimizer import optimizer
-from mtl_jax.training.sharding import data_mesh, replicated, sharded_resident_steps, \
-    sharded_step, split
+from mtl_jax.training.sharding import (create_sharded, data_mesh, replicated,
+                                       sharded_resident_steps, sharded_step, split)
 from mtl_jax.training.task_gradients import check_engine
 
 
@@ -62,12 +63,11 @@ def statics_of(balancer: balancing.Balancer, *, num_tasks: int, own_streams: boo
 
 def random_batch(some_tasks: Sequence[tasks.Task], batch_size: int) -> dict[str, Any]:
   """A batch of random images [B, 32, 32, 3] and labels for such tasks, the same at every call."""
-  key = jax.random.key(0)
-  batch = {task.stream: {"image": jax.random.normal(key, (batch_size, 32, 32, 3))}
-           for task in some_tasks}
-  for i, task in enumerate(some_tasks):
-    batch[task.stream][task.label] = jax.random.randint(
-        jax.random.fold_in(key, i), (batch_size,), 0, task.num_outputs)
+  random = np.random.default_rng(0)
+  images = random.standard_normal((batch_size, 32, 32, 3), np.float32)
+  batch = {task.stream: {"image": images} for task in some_tasks}
+  for task in some_tasks:
+    batch[task.stream][task.label] = random.integers(0, task.num_outputs, batch_size, np.int32)
   return batch
 
 
@@ -79,8 +79,11 @@ def build(balancer: balancing.Balancer, engine: str, *, num_tasks: int, batch_si
   statics["gradients"] = "exact" if engine == "none" else engine
   batch = random_batch(statics["tasks"], batch_size)
   mesh = data_mesh()
-  # Not under jit, so that many variants share the compilations of a few operations.
-  state = jax.device_put(mtl_jax.create_train_state(0, batch, **statics), replicated(mesh))
+  create = lambda: mtl_jax.create_train_state(0, batch, **statics)
+  if trunk == "cnn":  # Not under jit, so that many variants share the compilations of a few operations.
+    state = jax.device_put(create(), replicated(mesh))
+  else:
+    state = create_sharded(create, mesh)
   step = functools.partial(mtl_jax.train_step, **statics, precision=precision)
   if in_one:
     return (sharded_resident_steps(step, lambda batch, state: batch, mesh, in_one), state,

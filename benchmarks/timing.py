@@ -1,6 +1,7 @@
 """What the benchmarks share: alternating rounds, medians, and one JSON line a figure."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -8,10 +9,12 @@ import os
 import pathlib
 import platform
 import statistics
+import tempfile
 import time
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 Sample = Callable[[], float]  # measures once, and returns seconds a step
 
@@ -48,6 +51,19 @@ def machine() -> dict[str, Any]:
       "python": platform.python_version(),
       **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
   }
+
+
+@contextlib.contextmanager
+def programs_kept() -> Iterator[None]:
+  """Keeps compiled programs on disk until the end, so that none is compiled twice."""
+  with tempfile.TemporaryDirectory() as folder:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # JAX has decided before that there is none
+    try:
+      yield
+    finally:
+      jax.config.update("jax_compilation_cache_dir", None)
+      compilation_cache.reset_cache()
 
 
 def sample_of(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, *,

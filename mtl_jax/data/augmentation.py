@@ -33,6 +33,7 @@ from mtl_jax.data.source import Label
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, of red, green and blue
 _ERASED_AREA = (0.02, 0.4)
 _ERASED_ASPECT = 0.3
+_CHUNK = 2 ** 18  # numbers that statistics look at at a time, so that they stay in the cache
 
 
 def color(images: jax.Array, key: jax.Array, strength: float = 0.4) -> jax.Array:
@@ -183,12 +184,20 @@ def channel_statistics(images: np.ndarray) -> Mapping[str, tuple[float, ...]]:
     values = images.reshape(-1, images.shape[-1]).astype(np.float64)
     return {"mean": tuple(values.mean(axis=0).tolist()),
             "std": tuple(np.maximum(values.std(axis=0), 1e-3).tolist())}
-  counts = [np.bincount(images[..., c].reshape(-1), minlength=256)
-            for c in range(images.shape[-1])]
-  levels = np.arange(256) / 255.0
-  mean = [float(count @ levels / count.sum()) for count in counts]
-  std = [float(np.sqrt(count @ (levels - m) ** 2 / count.sum())) for count, m in zip(counts, mean)]
-  return {"mean": tuple(mean), "std": tuple(max(s, 1e-3) for s in std)}
+  channels = images.shape[-1]
+  count = images.size // channels
+  totals = squares = np.zeros(images[0].size)
+  chunk = -(-_CHUNK // totals.size)
+  for start in range(0, len(images), chunk):
+    values = images[start:start + chunk].reshape(-1, totals.size).astype(np.float64)
+    totals = totals + values.sum(axis=0)
+    squares = squares + np.square(values, out=values).sum(axis=0)
+  # Integers, exactly: float64 holds them, and Python's have no bound.
+  totals, squares = ([int(x) for x in sums.reshape(-1, channels).sum(axis=0)]
+                     for sums in (totals, squares))
+  return {"mean": tuple(total / (255 * count) for total in totals),
+          "std": tuple(max(math.sqrt(count * square - total ** 2) / (255 * count), 1e-3)
+                       for total, square in zip(totals, squares))}
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -179,8 +179,9 @@ def _optimizer(section: ConfigDict, num_steps: int,
         "config.optimizer.schedule", schedule, SCHEDULES, num_steps=num_steps, warmup=warmup,
         learning_rate=arguments["learning_rate"])
     made = optimizer(**arguments)
-    probe = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
-    jax.eval_shape(lambda: made.update(probe, made.init(probe), probe))
+    probe = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32),
+             "bias": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    jax.eval_shape(lambda params: made.update(params, made.init(params), params), probe)
     return made
   except ValueError as error:
     raise UserError(f"config.{error}" if str(error).startswith("optimizer")

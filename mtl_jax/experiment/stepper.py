@@ -70,8 +70,11 @@ def _one_run(experiment: Experiment, mesh: Mesh, state: Any,
       reads=map(experiment.streams_at, itertools.count(int(state.step))),
       process=jax.process_index(), num_processes=jax.process_count(), num_threads=data.threads)
   stack.callback(batches.close)
-  step = sharded_step(experiment.train_step, mesh)
-  held = _unread(experiment, mesh)
+
+  def one_step(state: Any, batch: Any) -> tuple[Any, Any]:
+    state, logs = experiment.train_step(state, batch)
+    return state, jax.tree.map(lambda x: x[None], logs)
+  step, held = sharded_step(one_step, mesh), _unread(experiment, mesh)
 
   def one(state: Any, count: int) -> tuple[Any, Any]:
     assert count == 1
@@ -80,8 +83,7 @@ def _one_run(experiment: Experiment, mesh: Mesh, state: Any,
     except ValueError as error:
       raise UserError(str(error)) from error
     held.update(on_devices(batch, mesh))
-    state, logs = step(state, dict(held))
-    return state, jax.tree.map(lambda x: x[None], logs)
+    return step(state, dict(held))
   return one
 
 
