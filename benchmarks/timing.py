@@ -55,7 +55,13 @@ def machine() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def programs_kept() -> Iterator[None]:
-  """Keeps compiled programs on disk until the end, so that none is compiled twice."""
+  """Keeps compiled programs on disk until the end, so that none is compiled twice.
+
+  They stay where a folder for them has been named before.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    yield
+    return
   with tempfile.TemporaryDirectory() as folder:
     jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()  # JAX has decided before that there is none
