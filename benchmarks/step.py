@@ -80,9 +80,9 @@ def build(balancer: balancing.Balancer, engine: str, *, num_tasks: int, batch_si
   batch = random_batch(statics["tasks"], batch_size)
   mesh = data_mesh()
   create = lambda: mtl_jax.create_train_state(0, batch, **statics)
-  if trunk == "cnn":  # Not under jit, so that many variants share the compilations of a few operations.
+  if trunk == "cnn":  # Not under jit: many variants share what a few operations compile to.
     state = jax.device_put(create(), replicated(mesh))
-  else:
+  else:  # which has few variants, and parameters of many shapes
     state = create_sharded(create, mesh)
   step = functools.partial(mtl_jax.train_step, **statics, precision=precision)
   if in_one:

@@ -185,6 +185,14 @@ def test_normalized_images_have_zero_mean_and_unit_deviation():
   np.testing.assert_allclose(normal.std((0, 1, 2)), 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(700, 20, 20, 3), (3, 400, 400, 2), (5, 1, 1, 1)])
+def test_statistics_are_those_of_all_bytes(shape):
+  images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+  found, values = augmentation.channel_statistics(images), images.reshape(-1, shape[-1]) / 255
+  np.testing.assert_allclose(found["mean"], values.mean(axis=0), rtol=1e-12)
+  np.testing.assert_allclose(found["std"], values.std(axis=0), rtol=1e-12)
+
+
 def test_preprocess_augments_training_batches_only():
   batch = {"s": {k: jnp.asarray(v) for k, v in numbered(8).arrays().items()}}
   batch["s"]["image"] = jax.random.randint(jax.random.key(0), (8, 6, 6, 3), 0, 255).astype(jnp.uint8)

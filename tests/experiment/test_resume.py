@@ -12,9 +12,10 @@ import jax
 import pytest
 
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import evaluation, loop
+from mtl_jax.experiment import evaluation, loop, stepper
 from mtl_jax.experiment.checkpoint import Checkpoints
 from mtl_jax.experiment.run import Run
+from mtl_jax.training.sharding import data_mesh
 from tests.experiment.conftest import final_checksums, make, records, tiny_source
 
 
@@ -151,6 +152,16 @@ def test_a_diverging_run_names_task_step_and_checkpoint(tmp_path):
                        "train.evaluate_every_steps": 1})
   with pytest.raises(UserError, match=r"step \d+: .*task .*(last good checkpoint|no checkpoint)"):
     loop.train(experiment, tmp_path)
+
+
+def test_the_host_does_nothing_to_the_logs_of_a_step(monkeypatch):
+  """An operation on them would make each call wait for its step on CPUs."""
+  experiment, logs = make(**{"data.engine": "grain"}), object()
+  monkeypatch.setattr(stepper, "sharded_step", lambda step, mesh: lambda state, batch: (state, logs))
+  mesh, state = data_mesh(), experiment.first_state()
+  with contextlib.ExitStack() as stack:
+    _, found = stepper.stepper([experiment], mesh, state, stack)([state], 1)
+  assert found[0] is logs
 
 
 @pytest.mark.slow

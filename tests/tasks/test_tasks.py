@@ -21,6 +21,18 @@ def test_cross_entropy_by_hand():
                              rtol=1e-6)
 
 
+def test_cross_entropy_of_a_label_that_is_no_class_is_nan():
+  assert np.isnan(TASK.loss(jnp.zeros((3, 3)), jnp.array([3, 0, -1]))).tolist() == [True, False, True]
+
+
+def test_neither_loss_nor_metrics_scatter():
+  def total(logits, labels):
+    return TASK.loss(logits, labels).sum(), tasks.task_metrics((TASK,), {"t": logits},
+                                                               {"s": {"y": labels}})
+  program = jax.make_jaxpr(jax.grad(total, has_aux=True))(jnp.zeros((4, 3)), jnp.arange(4) % 3)
+  assert "exp" in str(program) and "scatter" not in str(program)
+
+
 def test_missing_labels_count_for_nothing():
   found = tasks.compute_metrics((TASK,), states([[9, 0, 0], [0, 9, 0], [0, 0, 9]], [0, 0, -1]))
   assert found["t/accuracy"] == 0.5
