@@ -29,13 +29,14 @@ def class_counts(predicted: jax.Array, labels: jax.Array, there: jax.Array,
   >>> {what: n.tolist() for what, n in counts.items()}
   {'hits': [1, 1, 0], 'predicted': [1, 2, 0], 'labelled': [2, 1, 0]}
   """
-  # Not a scatter, which adds one by one.
-  is_label, is_predicted = (jax.nn.one_hot(classes.reshape(-1), num_classes, dtype=jnp.bool_)
-                            for classes in (labels, predicted))
-  there = there.reshape(-1, 1)
-  return {what: (where & there).sum(axis=0, dtype=jnp.int32)
-          for what, where in (("hits", is_label & is_predicted), ("predicted", is_predicted),
-                              ("labelled", is_label))}
+  predicted = predicted.astype(labels.dtype)
+
+  def bins(classes: jax.Array, where: jax.Array) -> jax.Array:
+    indices = jnp.where(where, classes, num_classes).reshape(-1)
+    return jnp.zeros(num_classes, jnp.int32).at[indices].add(1, mode="drop")
+
+  return {"hits": bins(labels, there & (predicted == labels)), "predicted": bins(predicted, there),
+          "labelled": bins(labels, there)}
 
 
 def f1_scores(counts: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -27,9 +27,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, class_weights: np.ndarra
   [0.6931]
   """
   logits = logits.astype(jnp.float32)
-  losses = jax.nn.logsumexp(logits, axis=-1) - _at(logits, labels)
+  logits -= jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))  # cancels, and saves digits
+  total = jnp.log(jnp.exp(logits).sum(axis=-1))
+  losses = total - _at(logits, labels)
   if label_smoothing:
-    spread = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
+    spread = total - logits.mean(axis=-1)
     losses = (1 - label_smoothing) * losses + label_smoothing * spread
   if class_weights is not None:
     losses *= jnp.asarray(class_weights, jnp.float32)[labels]

@@ -157,7 +157,8 @@ def test_a_diverging_run_names_task_step_and_checkpoint(tmp_path):
 def test_the_host_does_nothing_to_the_logs_of_a_step(monkeypatch):
   """An operation on them would make each call wait for its step on CPUs."""
   experiment, logs = make(**{"data.engine": "grain"}), object()
-  monkeypatch.setattr(stepper, "sharded_step", lambda step, mesh: lambda state, batch: (state, logs))
+  step = lambda state, batch: (state, logs)
+  monkeypatch.setattr(stepper, "sharded_step", lambda *_: step)
   mesh, state = data_mesh(), experiment.first_state()
   with contextlib.ExitStack() as stack:
     _, found = stepper.stepper([experiment], mesh, state, stack)([state], 1)
