@@ -4,8 +4,8 @@
 
 Every figure is a ratio of medians from one run, in which the variants took turns. Prints JSON
 lines: what was measured, value, target, and whether it is met. Less than 15 minutes on two cores;
-with --quick, at small sizes and in few rounds, less than 3, which shows that all works and little
-more. A file of results names machine, versions and date.
+with --quick, at small sizes, in few rounds and of fewer variants, less than 3, which shows that all
+works and little more. A file of results names machine, versions and date.
 
 The peers run from an environment with PyTorch and TorchJD (`pip install -e ".[peers]"`), this one
 unless --peers names another's Python; where they are missing, their figures say so. Both sides
