@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Of the library YNNPACK matrix products only: its convolutions take one core.
-_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+# Of the library YNNPACK matrix products and sums only: its convolutions take one core.
+_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type":
+           "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
