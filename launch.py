@@ -5,6 +5,7 @@
 """
 
 import argparse
+import gc
 import logging
 import os
 import pathlib
@@ -14,15 +15,17 @@ import signal
 import sys
 import traceback
 
-from mtl_jax.errors import UserError
-
 MODES = ("train", "evaluate", "inspect")
+
+
+class _UsageError(Exception):
+  """An argument that there is none of, or one that lacks."""
 
 
 class _Parser(argparse.ArgumentParser):
 
   def error(self, message: str):
-    raise UserError(f"{message}; expected --config=FILE[:ARG] [--workdir=DIR] "
+    raise _UsageError(f"{message}; expected --config=FILE[:ARG] [--workdir=DIR] "
                     f"[--mode={'|'.join(MODES)}] [--config.a.b=value …]")
 
 
@@ -55,10 +58,20 @@ def _quiet() -> None:
 
 def main(argv: list[str]) -> int:
   """Runs one command; returns the exit code."""
-  arguments, again = None, shlex.join(["python", "launch.py", *argv])
+  again = shlex.join(["python", "launch.py", *argv])
   try:
-    arguments = _arguments(argv)
-    # Imported here: jax takes seconds.
+    return _run(_arguments(argv), again)
+  except _UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"stopped; the same command continues: {again}", file=sys.stderr)
+    return 130
+
+
+def _run(arguments: argparse.Namespace, again: str) -> int:
+  from mtl_jax.errors import UserError  # Here: jax takes seconds.
+  try:
     from mtl_jax.experiment import build, compiled, config, fields, folds, inspection, loop, \
         seeds
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
@@ -78,17 +91,15 @@ def main(argv: list[str]) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except OSError as error:
-    if arguments is None or not error.filename:
+    if not error.filename:
       traceback.print_exc()
       return 1
     print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
-    print(f"stopped; the same command continues: {again}", file=sys.stderr)
-    return 130
   return 0
 
 
 if __name__ == "__main__":
+  gc.set_threshold(100_000)  # a tenth of the start was collections that found nothing
   _quiet()
   sys.exit(main(sys.argv[1:]))

@@ -62,7 +62,23 @@ def test_only_the_experiment_and_sources_touch_files_clocks_and_the_network():
         assert not effects & {name.split(".")[0] for name in names}, path
 
 
+def loaded_by(code, names):
+  """Those of the modules that a fresh interpreter has loaded after the code."""
+  code = f"{code}\nimport sys; print(*[m for m in {names} if m in sys.modules])"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                        cwd=PACKAGE.parent)
+  return done.stdout.split()
+
+
 def test_importing_the_package_loads_nothing_heavy():
-  code = f"import mtl_jax, sys; print([m for m in {HEAVY} if m in sys.modules])"
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-  assert done.stdout.strip() == "[]"
+  assert loaded_by("import mtl_jax", HEAVY) == []
+
+
+def test_a_mistyped_argument_is_answered_before_jax_is_loaded():
+  assert loaded_by("import launch; assert launch.main(['--confg=x.py']) == 2", ["jax"]) == []
+
+
+def test_a_new_run_steps_before_orbax_is_loaded(tmp_path):
+  code = ("import pathlib; from mtl_jax.experiment.checkpoint import Checkpoints; "
+          f"assert Checkpoints(pathlib.Path({str(tmp_path / 'new')!r})).steps() == set()")
+  assert loaded_by(code, ["orbax.checkpoint"]) == []

@@ -6,6 +6,7 @@ PCG64, whose stream numpy guarantees, and all arithmetic is on integers.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from importlib import metadata
 
 import numpy as np
@@ -81,12 +82,15 @@ class Handwriting:
 
     def on_sheet(from_down, from_right):
       at = from_down[:, None, None] * down + from_right[:, None, None] * right
-      return np.clip(at // (ONE * PX) + SHEET // 2, 0, SHEET - 1)
+      at //= ONE * PX
+      at += SHEET // 2
+      return np.clip(at, 0, SHEET - 1, out=at)
 
     index = sheet[:, None, None] * SHEET**2 + on_sheet(*row) * SHEET + on_sheet(*column)
     return self.sheets.reshape(-1).take(index)
 
 
+@functools.cache
 def by_split() -> dict[str, Handwriting]:
   """The handwriting by split: of every class five in six for train, the others for test."""
   images, classes = _written_digits()

@@ -1,15 +1,19 @@
 """Checkpoints by Orbax, each with checksums: what is damaged is noticed, and never used."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import zlib
 
 import jax
 import numpy as np
 
 from mtl_jax.errors import UserError
+
+if TYPE_CHECKING:
+  import orbax.checkpoint as ocp
 
 
 def _checksum(text: str) -> int:
@@ -40,22 +44,25 @@ class Checkpoints:
   """
 
   def __init__(self, path: pathlib.Path):
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint.checkpoint_managers import save_decision_policy
-    self._ocp = ocp
     self.path = path
     self._best_steps: tuple[int | None, ...] = ()
     self._saving: int | None = None
-    options = ocp.CheckpointManagerOptions(
-        save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
-        preservation_policy=_LatestAndBest(lambda: self._best_steps),
-        cleanup_tmp_directories=True,
-    )
     try:
-      self._manager = ocp.CheckpointManager(path, options=options)
+      path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise UserError(f"{path}: expected a folder for checkpoints that can be written, "
                       f"found: {error.strerror}") from error
+
+  @functools.cached_property
+  def _manager(self) -> "ocp.CheckpointManager":
+    # Not before there is something to read or to save: a new run's first step waits for nothing.
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import save_decision_policy
+    return ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(
+        save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
+        preservation_policy=_LatestAndBest(lambda: self._best_steps),
+        cleanup_tmp_directories=True,
+    ))
 
   def save(self, step: int, state: Any, record: Mapping[str, Any], best_step: int | None) -> None:
     """Starts saving; returns before the bytes are on disk.
@@ -69,13 +76,14 @@ class Checkpoints:
     Raises:
       UserError: where this save, or the one before, failed.
     """
+    import orbax.checkpoint as ocp
     self.wait()
     self._best_steps = (*self._best_steps[-1:], best_step)
     record = json.dumps({"record": record, "best_step": best_step,
                          "checksums": _leaf_checksums(state)}, sort_keys=True)
-    args = self._ocp.args.Composite(
-        state=self._ocp.args.StandardSave(state),
-        record=self._ocp.args.JsonSave({"text": record, "checksum": _checksum(record)}))
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        record=ocp.args.JsonSave({"text": record, "checksum": _checksum(record)}))
     self._saving = step
     try:
       self._manager.save(step, args=args)
@@ -109,7 +117,7 @@ class Checkpoints:
 
   def steps(self) -> set[int]:
     """The steps that there are checkpoints of, sound or not."""
-    return set(self._manager.all_steps())
+    return set(self._manager.all_steps()) if any(self.path.iterdir()) else set()
 
   def restore_latest(self, abstract_state: Any, warn: Callable[[str], None],
                      among: Collection[int] | None = None
@@ -170,8 +178,9 @@ class Checkpoints:
                       f"found it damaged: {error}") from error
 
   def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract_state),
-                                    record=self._ocp.args.JsonRestore())
+    import orbax.checkpoint as ocp
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state),
+                              record=ocp.args.JsonRestore())
     try:
       restored = self._manager.restore(step, args=args)
       text, checksum = restored["record"]["text"], restored["record"]["checksum"]
@@ -192,7 +201,8 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._manager.close()
+      if "_manager" in vars(self):
+        self._manager.close()
 
 
 def restore_together(several: Sequence[Checkpoints], abstract_state: Any,

@@ -15,9 +15,6 @@ SEVERAL = {**ONE_DIGIT, "count": (), "objects": (4, 5)}
 DENSE = {"mask": (48, 48), "depth": (48, 48)}
 
 
-written = functools.cache(by_split)
-
-
 @functools.cache
 def columns(objects=1, dense=False, split="train", size=48, examples=200):
   source = scenes.digit_scenes("", objects=objects, size=size, dense=dense,
@@ -154,7 +151,7 @@ def _patch(height, angle, sheet):
   random = Random("a test")
   random.integers = lambda low, high, size: np.zeros(size, np.int32)
   digits = scenes._Digits(0 * one, sheet * one, height * PX * one, angle * one)
-  patches, extents = scenes._patches(written()["train"], digits, random)
+  patches, extents = scenes._patches(by_split()["train"], digits, random)
   return patches[0, 0].astype(np.float64), extents[0, 0]
 
 
@@ -197,7 +194,7 @@ def test_heights_reach_from_end_to_end():
 
 def test_a_patch_has_an_empty_border():
   random = Random("a test")
-  handwriting = written()["train"]
+  handwriting = by_split()["train"]
   digits = scenes._chosen(handwriting, 500, 1, (7 * 32, 11 * 32), random)
   patches, _ = scenes._patches(handwriting, digits, random)
   for edge in (patches[:, :, 0], patches[:, :, -1], patches[..., 0], patches[..., -1]):
@@ -220,7 +217,7 @@ def test_train_and_test_show_different_handwriting(monkeypatch):
     drawn[split].update(sheet.tolist())
     return original(handwriting, sheet, *arguments)
   monkeypatch.setattr(Handwriting, "ink", recording)
-  for split, handwriting in written().items():
+  for split, handwriting in by_split().items():
     drawn[split] = set()
     scenes._columns(handwriting, 300, 4, 48, False, Random("a test"))
     assert drawn[split] <= set(np.concatenate(handwriting.by_class).tolist())
@@ -229,7 +226,7 @@ def test_train_and_test_show_different_handwriting(monkeypatch):
 
 def test_digits_are_of_their_class():
   from sklearn.datasets import load_digits
-  digits = scenes._chosen(written()["test"], 300, 4, (200, 300), Random("a test"))
+  digits = scenes._chosen(by_split()["test"], 300, 4, (200, 300), Random("a test"))
   np.testing.assert_array_equal(load_digits().target[digits.sheet], digits.digit)
   assert (np.diff(digits.height, axis=1) <= 0).all()
 
