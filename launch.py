@@ -13,20 +13,15 @@ import re
 import shlex
 import signal
 import sys
-import traceback
 
 MODES = ("train", "evaluate", "inspect")
-
-
-class _UsageError(Exception):
-  """An argument that there is none of, or one that lacks."""
 
 
 class _Parser(argparse.ArgumentParser):
 
   def error(self, message: str):
-    raise _UsageError(f"{message}; expected --config=FILE[:ARG] [--workdir=DIR] "
-                    f"[--mode={'|'.join(MODES)}] [--config.a.b=value …]")
+    raise argparse.ArgumentTypeError(f"{message}; expected --config=FILE[:ARG] [--workdir=DIR] "
+                                     f"[--mode={'|'.join(MODES)}] [--config.a.b=value …]")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -61,7 +56,7 @@ def main(argv: list[str]) -> int:
   again = shlex.join(["python", "launch.py", *argv])
   try:
     return _run(_arguments(argv), again)
-  except _UsageError as error:
+  except argparse.ArgumentTypeError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
@@ -72,8 +67,8 @@ def main(argv: list[str]) -> int:
 def _run(arguments: argparse.Namespace, again: str) -> int:
   from mtl_jax.errors import UserError  # Here: jax takes seconds.
   try:
-    from mtl_jax.experiment import build, compiled, config, fields, folds, inspection, loop, \
-        seeds
+    from mtl_jax.experiment import (build, compiled, config, fields, folds, inspection, loop,
+                                    seeds)
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
     compiled.keep(os.environ)
     in_turn = complete.data.folds and complete.data.fold is None
@@ -92,8 +87,7 @@ def _run(arguments: argparse.Namespace, again: str) -> int:
     return 2
   except OSError as error:
     if not error.filename:
-      traceback.print_exc()
-      return 1
+      raise
     print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 2
   return 0
