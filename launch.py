@@ -31,7 +31,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--workdir", help="run folder; runs/<config name> when left out")
   parser.add_argument("--mode", default="train", help=" or ".join(MODES))
   overrides = [text for text in argv if text.startswith("--config.")]
-  arguments = parser.parse_args([text for text in argv if not text.startswith("--config.")])
+  arguments = parser.parse_args([text for text in argv if text not in overrides])
   if arguments.mode not in MODES:
     parser.error(f"argument --mode: found {arguments.mode!r}")
   if not arguments.workdir:
@@ -67,10 +67,11 @@ def main(argv: list[str]) -> int:
 def _run(arguments: argparse.Namespace, again: str) -> int:
   from mtl_jax.errors import UserError  # Here: jax takes seconds.
   try:
-    from mtl_jax.experiment import (build, compiled, config, fields, folds, inspection, loop,
-                                    seeds)
+    from mtl_jax.experiment import (allocator, build, compiled, config, fields, folds, inspection,
+                                    loop, seeds)
     complete = fields.complete(config.load(arguments.config, arguments.overrides))
     compiled.keep(os.environ)
+    allocator.keep_freed(os.environ)
     in_turn = complete.data.folds and complete.data.fold is None
     room = (inspection if arguments.mode == "inspect" else folds if in_turn else
             seeds if complete.seeds > 1 else loop)
@@ -78,10 +79,9 @@ def _run(arguments: argparse.Namespace, again: str) -> int:
     try:
       run(complete if room in (folds, seeds) else build.build(complete), arguments.workdir)
     except loop.Interrupted as interruption:
-      number = interruption.args[0]
-      print(f"stopped by {signal.Signals(number).name} and saved; the same command continues: "
-            f"{again}", file=sys.stderr)
-      return 128 + number
+      print(f"stopped by {signal.Signals(interruption.args[0]).name} and saved; the same command "
+            f"continues: {again}", file=sys.stderr)
+      return 128 + interruption.args[0]
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

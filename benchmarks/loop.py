@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -21,7 +22,7 @@ import jax
 from timing import emit, programs_kept
 
 from mtl_jax.data import streams
-from mtl_jax.experiment import build, config, fields, loop
+from mtl_jax.experiment import allocator, build, config, fields, loop
 from mtl_jax.training.sharding import create_sharded, data_mesh, sharded_step, split
 from mtl_jax.training.step import train_step
 
@@ -91,6 +92,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=120)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
+  allocator.keep_freed(os.environ)
   with programs_kept():
     found = rates(args.config, args.steps, args.repeats)
   for what, rate in found.items():

@@ -1,11 +1,12 @@
 """The measurements behind the table of `run.py`: each gives figures, ratios of medians."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
 import pathlib
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,9 +78,9 @@ class Session(NamedTuple):
     """A size or a list, by how long the measurement may take."""
     return quick if self.quick else full
 
-  def medians(self, samples: dict[Any, Sample]) -> dict[Any, float]:
-    """Medians in seconds."""
-    return medians(samples, self.of(2, 9), longest=self.of(4.0, 36.0))
+  def medians(self, samples: dict[Any, Sample], once: Collection[Any] = ()) -> dict[Any, float]:
+    """Medians in seconds; see `timing.medians`."""
+    return medians(samples, self.of(2, 9), longest=self.of(4.0, 24.0), once=once)
 
   @property
   def steps(self) -> int:
@@ -193,16 +194,19 @@ def exact_methods(session: Session) -> Iterator[Figure]:
     size = {"num_tasks": num_tasks, "batch_size": session.of(64, 256)}
     names = session.of(("mgda",), EXACT)
     ours = session.ours({name: {"balancer": name} for name in ("equal", *names)}, **size)
-    samples = {name: program.sample for name, program in ours.items()}
+    own = {name: program.sample for name, program in ours.items()}
+    samples = dict(own)
     ways = [f"{library}:{name}" for name in names for library in ("libmtl", "torchjd")]
     session.theirs(ways, samples, ours["equal"].losses, **size)
-    found = session.medians(samples)
+    found = session.medians(samples, once=[way for way in samples
+                                           if way[0].startswith("torchjd")])
     session.peers.drop()
+    alone = session.medians(own)  # which are close to one another: rounds of theirs take long
     for name in names:
       for library in ("libmtl", "torchjd"):
         yield figure_of(f"exact/{library}", f"{name}: times as fast as {library}", found,
                         (f"{library}:{name}", "channels_first"), name, size)
-      yield figure_of("exact/equal", f"{name}: times equal weights", found, name, "equal", size)
+      yield figure_of("exact/equal", f"{name}: times equal weights", alone, name, "equal", size)
 
 
 def own_streams(session: Session) -> Iterator[Figure]:
@@ -285,11 +289,11 @@ def seeds(session: Session) -> Iterator[Figure]:
 
 def start(session: Session) -> Iterator[Figure]:
   """From the command to the first record, without and with compiled programs on disk."""
-  del session
   with tempfile.TemporaryDirectory() as folder:
-    for what in ("cold", "warm"):
-      seconds = _seconds_to_first_record(pathlib.Path(folder), what)
-      yield Figure(f"start/{what}", f"seconds to the first training record, {what}", seconds, {})
+    for what, times in (("cold", 1), ("warm", session.of(1, 3))):
+      found = [_seconds_to_first_record(pathlib.Path(folder), f"{what}{i}") for i in range(times)]
+      yield Figure(f"start/{what}", f"seconds to the first training record, {what}",
+                   statistics.median(found), {"seconds": found})
 
 
 def _seconds_to_first_record(folder: pathlib.Path, run: str) -> float:

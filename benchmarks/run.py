@@ -10,7 +10,8 @@ works and little more. A file of results names machine, versions and date.
 The peers run from an environment with PyTorch and TorchJD (`pip install -e ".[peers]"`), this one
 unless --peers names another's Python; where they are missing, their figures say so. Both sides
 start from the same weights on the same batch, in float32, with as many threads, and their first
-losses are compared. What is reproduced of LibMTL, which is no package, says `libmtl_way.py`. Our
+losses are compared. Ours keeps freed memory, as runs of `launch.py` do; PyTorch has its allocator as
+it comes. What is reproduced of LibMTL, which is no package, says `libmtl_way.py`. Our
 step also counts its metrics and takes norms for the logs; the peers' steps do neither. On
 accelerators both multiply float32 in TensorFloat-32.
 
@@ -42,6 +43,8 @@ import jax  # noqa: E402
 from measurements import MEASUREMENTS, Figure, Session  # noqa: E402
 from peers import Peers  # noqa: E402
 from timing import emit, machine, on_accelerator, programs_kept, threads  # noqa: E402
+
+from mtl_jax.experiment import allocator  # noqa: E402
 
 Bound = float | Callable[[int], float] | None  # by the number of tasks, or none
 
@@ -137,6 +140,7 @@ def main(argv: list[str]) -> None:
   if unknown := sorted(set(names) - set(MEASUREMENTS)):
     parser.error(f"--only: expected some of {', '.join(MEASUREMENTS)}, found {unknown[0]!r}")
 
+  allocator.keep_freed(os.environ)
   facts, lines = machine(), []
   if facts["load"] > facts["threads"] / 2:
     print(f"warning: the machine is busy (load {facts['load']}); the peers' threads suffer more "

@@ -12,6 +12,7 @@ machine disturbs them alike.
 import argparse
 from collections.abc import Sequence
 import functools
+import os
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from timing import emit, medians, sample_of
 
 import mtl_jax
 from mtl_jax import balancing, models, tasks
+from mtl_jax.experiment import allocator
 from mtl_jax.training.engines import ENGINES
 from mtl_jax.training.optimizer import optimizer
 from mtl_jax.training.sharding import (create_sharded, data_mesh, replicated,
@@ -103,6 +105,7 @@ def main() -> None:
   parser.add_argument("--engines", default="", help="separated by commas; all if empty")
   args = parser.parse_args()
 
+  allocator.keep_freed(os.environ)
   samples, megabytes = {}, {}
   for balancer, engine in variants(args.tasks, args.own_streams):
     if args.only and balancer.name not in ("equal", *args.only.split(",")):

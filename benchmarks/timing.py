@@ -1,6 +1,6 @@
 """What the benchmarks share: alternating rounds, medians, and one JSON line a figure."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import datetime
 import importlib.metadata
@@ -97,8 +97,8 @@ def sample_of(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: An
   return seconds, logs
 
 
-def medians(samples: Mapping[Any, Sample], rounds: int,
-            longest: float = float("inf")) -> dict[Any, float]:
+def medians(samples: Mapping[Any, Sample], rounds: int, longest: float = float("inf"),
+            once: Collection[Any] = ()) -> dict[Any, float]:
   """Medians of samples by name, in seconds.
 
   Rounds go through all in turn, so that a noisy machine disturbs them alike.
@@ -107,6 +107,7 @@ def medians(samples: Mapping[Any, Sample], rounds: int,
     samples: by name.
     rounds: how many, one at least.
     longest: seconds after which no further round begins.
+    once: names of what is so slow that it takes part in the first round only.
   """
   times = {name: [] for name in samples}
   end = time.perf_counter() + longest
@@ -114,5 +115,6 @@ def medians(samples: Mapping[Any, Sample], rounds: int,
     if done and time.perf_counter() > end:
       break
     for name, sample in samples.items():
-      times[name].append(sample())
+      if not done or name not in once:
+        times[name].append(sample())
   return {name: statistics.median(values) for name, values in times.items()}

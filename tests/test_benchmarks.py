@@ -49,6 +49,10 @@ def test_medians_take_turns_and_stop_in_time():
   samples = {"a": sample("a", [3.0, 1.0, 2.0]), "b": sample("b", [9.0, 7.0, 8.0])}
   assert timing.medians(samples, 3) == {"a": 2.0, "b": 8.0}
   assert order == ["a", "b"] * 3
+  order.clear()
+  samples = {"a": sample("a", [3.0, 1.0, 2.0]), "slow": sample("slow", [9.0])}
+  assert timing.medians(samples, 3, once=["slow"]) == {"a": 2.0, "slow": 9.0}
+  assert order == ["a", "slow", "a", "a"]
   assert timing.medians({"a": sample("a", [5.0, 1.0])}, 2, longest=-1.0) == {"a": 5.0}
 
 

@@ -101,8 +101,11 @@ def first_maxima(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def at_places(x: jax.Array, place: jax.Array) -> jax.Array:
   """Of each window [B, H', h, W', w, C] the entry at its place, 0 nowhere: [B, H', W', C]."""
-  here = _is_place(place, (x.shape[2], x.shape[4]), 1, x.dtype)
-  return jnp.where(here, x, jnp.zeros_like(x)).sum((2, 4))
+  width = x.shape[4]
+  place, found = place.astype(x.dtype), jnp.zeros((), x.dtype)
+  for n in range(x.shape[2] * width):  # no sum: it would be a pass of its own
+    found = jnp.where(place == n, x[:, :, n // width, :, n % width], found)
+  return found
 
 
 def to_places(y: jax.Array, place: jax.Array, size: tuple[int, int], rows: int = 1) -> jax.Array:
