@@ -201,7 +201,7 @@ def exact_methods(session: Session) -> Iterator[Figure]:
     found = session.medians(samples, once=[way for way in samples
                                            if way[0].startswith("torchjd")])
     session.peers.drop()
-    alone = session.medians(own)  # which are close to one another: rounds of theirs take long
+    alone = session.medians(own)  # in more rounds: one with theirs takes half a minute
     for name in names:
       for library in ("libmtl", "torchjd"):
         yield figure_of(f"exact/{library}", f"{name}: times as fast as {library}", found,

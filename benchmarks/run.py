@@ -11,9 +11,9 @@ The peers run from an environment with PyTorch and TorchJD (`pip install -e ".[p
 unless --peers names another's Python; where they are missing, their figures say so. Both sides
 start from the same weights on the same batch, in float32, with as many threads, and their first
 losses are compared. Ours keeps freed memory, as runs of `launch.py` do; PyTorch has its allocator as
-it comes. What is reproduced of LibMTL, which is no package, says `libmtl_way.py`. Our
-step also counts its metrics and takes norms for the logs; the peers' steps do neither. On
-accelerators both multiply float32 in TensorFloat-32.
+it comes. What is reproduced of LibMTL, which is no package, says `libmtl_way.py`. Our step also
+counts its metrics and takes norms for the logs; the peers' steps do neither. On accelerators both
+multiply float32 in TensorFloat-32.
 
   equal        the reference network with equal weights against PyTorch eager, one step a call and
                eight in one program

@@ -50,19 +50,26 @@ class Checkpoints:
     try:
       path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise UserError(f"{path}: expected a folder for checkpoints that can be written, "
-                      f"found: {error.strerror}") from error
+      raise self._unwritable(error) from error
 
   @functools.cached_property
   def _manager(self) -> "ocp.CheckpointManager":
     # Not before there is something to read or to save: a new run's first step waits for nothing.
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import save_decision_policy
-    return ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(
+    options = ocp.CheckpointManagerOptions(
         save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
         preservation_policy=_LatestAndBest(lambda: self._best_steps),
         cleanup_tmp_directories=True,
-    ))
+    )
+    try:
+      return ocp.CheckpointManager(self.path, options=options)
+    except OSError as error:
+      raise self._unwritable(error) from error
+
+  def _unwritable(self, error: OSError) -> UserError:
+    return UserError(f"{self.path}: expected a folder for checkpoints that can be written, "
+                     f"found: {error.strerror}")
 
   def save(self, step: int, state: Any, record: Mapping[str, Any], best_step: int | None) -> None:
     """Starts saving; returns before the bytes are on disk.

@@ -113,14 +113,9 @@ def to_places(y: jax.Array, place: jax.Array, size: tuple[int, int], rows: int =
 
   With `rows=0` from [H', W', B, C] to [H', h, W', w, B, C].
   """
-  here = _is_place(place, size, rows, y.dtype)
-  return jnp.where(here, jnp.expand_dims(y, (rows + 1, rows + 3)), jnp.zeros((), y.dtype))
-
-
-def _is_place(place: jax.Array, size: tuple[int, int], rows: int, dtype: jnp.dtype) -> jax.Array:
-  """Where an entry of a window is at its place; the axis of rows is followed by that of columns."""
   # One comparison with all places is a single pass. In the data's own type it is done in vectors.
-  axes = (rows + 1, rows + 3)
-  places = jnp.arange(size[0] * size[1]).astype(dtype).reshape(
+  axes = (rows + 1, rows + 3)  # the axis of rows is followed by that of columns
+  places = jnp.arange(size[0] * size[1]).astype(y.dtype).reshape(
       [dict(zip(axes, size)).get(axis, 1) for axis in range(place.ndim + 2)])
-  return jnp.expand_dims(place.astype(dtype), axes) == places
+  here = jnp.expand_dims(place.astype(y.dtype), axes) == places
+  return jnp.where(here, jnp.expand_dims(y, axes), jnp.zeros((), y.dtype))
