@@ -42,8 +42,8 @@ def mgda(normalization: str = "none") -> Balancer:
   Differences:
     The official code walks by pairs from the best two tasks, LibMTL by projected gradient, with
     weights of two tasks kept within [0.001, 0.999]; nash-mtl multiplies the weights by T; TorchJD
-    stops Frank-Wolfe early. Here an interior point reaches the minimum to rounding, at a vertex
-    too. A loss enters by its absolute value, so that no gradient is turned round.
+    stops Frank-Wolfe early. Here the minimum is reached to rounding, at a vertex too. A loss enters
+    by its absolute value, so that no gradient is turned round.
   """
   hyperparameters.check_choice("mgda", "normalization", normalization, NORMALIZATIONS)
 

@@ -39,8 +39,8 @@ def upgrad(preference: jax.Array | None = None,
   Differences:
     TorchJD, the authors' code, and LibMTL add 1e-4 of the trace to the diagonal and return zero
     for small traces; both solve one program after the other on the host in float64. Here nothing
-    is added unless asked for, and one interior point solves all T programs as a batch on the
-    device. With two tasks and equal shares `d` is half of what `pcgrad` sums to.
+    is added unless asked for, and all T programs are solved as a batch on the device. With two
+    tasks and equal shares `d` is half of what `pcgrad` sums to.
   """
   def project(cosines: jax.Array, start: jax.Array, live: jax.Array) -> jax.Array:
     rows = jnp.eye(len(start), dtype=start.dtype)

@@ -71,6 +71,38 @@ def test_projections_are_the_nearest(num_tasks):
     np.testing.assert_allclose(dual @ jacobian, expected, atol=3e-5 * norms.mean())
 
 
+@pytest.mark.parametrize("num_tasks", (1, 2, 3, slow(11), 40))
+def test_pivots_find_what_the_interior_point_finds(num_tasks):
+  """Most programs are solved by pivots, to rounding; the interior point has the same minimum."""
+  jacobians = random_jacobians(num_tasks, few=False)
+  rows = jacobians / np.linalg.norm(jacobians, axis=2, keepdims=True)
+  matrices = np.einsum("ntp,nsp->nts", rows, rows)
+  rng = np.random.default_rng(1)
+  linear = rng.uniform(-1, 1, size=(len(rows), num_tasks))
+  mask = rng.uniform(size=linear.shape) < 0.9
+  inputs = matrices.astype(np.float32), linear.astype(np.float32), mask
+  inside = [np.where(mask[:, :, None] & mask[:, None], inputs[0], 0),
+            np.where(mask, inputs[1], 0), mask]
+  found, solved = jax.jit(jax.vmap(solvers._by_pivots))(*inside)
+  whole = jax.jit(jax.vmap(solvers.nonnegative_minimum))(*inputs)
+  other = jax.jit(jax.vmap(solvers._interior_point))(*inside)
+  assert np.mean(solved) >= 0.7
+  assert not np.any(np.where(mask, 0, whole))
+  np.testing.assert_allclose(whole, np.where(solved[:, None], found, other), atol=1e-5)
+  for matrix, b, part, y, z in zip(matrices, linear, mask, np.float64(whole), np.float64(other)):
+    slope = (matrix @ y - b)[part]
+    size = 1 + np.abs(y).max()
+    assert slope.min(initial=0) >= -1e-6 * size
+    assert np.abs(y[part] * slope).max(initial=0) <= 2e-6 * size**2
+    np.testing.assert_allclose(matrix @ y, matrix @ z, atol=2e-5 * size)
+  # A slightly wrong sign counts, and not a number is never a solution.
+  y = solvers.nonnegative_minimum(jnp.array([[1.0, 0.5], [0.5, 1.0]]), jnp.array([1.0, 0.4999]),
+                                  jnp.ones(2, bool))
+  np.testing.assert_allclose(y, [1, 0], atol=1e-6)
+  _, solved = solvers._by_pivots(jnp.eye(2), jnp.array([jnp.nan, -1.0]), jnp.ones(2, bool))
+  assert not solved
+
+
 @pytest.mark.parametrize("num_tasks", TASKS)
 @pytest.mark.parametrize("c", [slow(0.1), 0.4, slow(1.0), slow(5.0)])
 def test_cagrad_reaches_the_optimum(num_tasks, c):
