@@ -10,6 +10,7 @@ LEVELS = ("losses", "products", "gramian", "cross_gramian", "task_grads")
 EXTRAS = ("gradient_state", "losses_after_step", "lookahead")
 _BLOCK = 4096  # parameters whose products are taken at once, on CPUs
 _BLOCKS = 16  # at least; shorter products are as fast in one piece
+_FEW = 12  # rows, at most, whose products are faster row by row
 
 
 class Ahead(NamedTuple):
@@ -175,8 +176,11 @@ def _products(rows: jax.Array, others: jax.Array) -> jax.Array:
   # CPUs are several times slower at one product of so few rows that are so long.
   block = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, 1)
   rest = product(rows[:, blocks * _BLOCK:], others[:, blocks * _BLOCK:])
+  of_block = product
+  if rows.shape[0] <= _FEW:
+    of_block = lambda a, b: jax.lax.map(lambda row: product(b, row), a)
   return jax.lax.fori_loop(
-      0, blocks, lambda i, total: total + product(block(rows, i), block(others, i)), rest)
+      0, blocks, lambda i, total: total + of_block(block(rows, i), block(others, i)), rest)
 
 
 def combine(task_grads: Any, weights: jax.Array) -> Any:

@@ -252,10 +252,11 @@ def test_a_state_that_cannot_be_saved_is_caught():
     testing.check_resumes(balancer)
 
 
-@pytest.mark.parametrize("size", [16 * 4096 + 1, 17 * 4096, 16 * 4096 - 5])
-def test_long_gradients_are_multiplied_block_by_block(size):
-  """Against float64; the last block is a rest, there is none, or all is one piece."""
-  one, other = (jax.random.normal(jax.random.key(i), (3, size)) for i in range(2))
+@pytest.mark.parametrize("num_tasks, size", [
+    (3, 16 * 4096 + 1), (3, 17 * 4096), (3, 16 * 4096 - 5), (13, 16 * 4096 + 1)])
+def test_long_gradients_are_multiplied_block_by_block(num_tasks, size):
+  """Against float64; the last block is a rest, there is none, all is one piece; many tasks."""
+  one, other = (jax.random.normal(jax.random.key(i), (num_tasks, size)) for i in range(2))
   found = jax.jit(gramian_of)({"a": one}, {"a": other})
   expected = np.asarray(one, np.float64) @ np.asarray(other, np.float64).T
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
