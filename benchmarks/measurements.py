@@ -1,6 +1,6 @@
 """The measurements behind the table of `run.py`: each gives figures, ratios of medians."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
@@ -78,9 +78,9 @@ class Session(NamedTuple):
     """A size or a list, by how long the measurement may take."""
     return quick if self.quick else full
 
-  def medians(self, samples: dict[Any, Sample], once: Collection[Any] = ()) -> dict[Any, float]:
-    """Medians in seconds; see `timing.medians`."""
-    return medians(samples, self.of(2, 9), longest=self.of(4.0, 24.0), once=once)
+  def medians(self, samples: dict[Any, Sample], **how: Any) -> dict[Any, float]:
+    """Medians in seconds; see `timing.medians`, also for how."""
+    return medians(samples, self.of(2, 9), longest=self.of(4.0, 24.0), **how)
 
   @property
   def steps(self) -> int:
@@ -201,7 +201,8 @@ def exact_methods(session: Session) -> Iterator[Figure]:
     found = session.medians(samples, once=[way for way in samples
                                            if way[0].startswith("torchjd")])
     session.peers.drop()
-    alone = session.medians(own)  # in more rounds: one with theirs takes half a minute
+    # In more rounds: one with theirs takes half a minute.
+    alone = session.medians(own, base="equal")
     for name in names:
       for library in ("libmtl", "torchjd"):
         yield figure_of(f"exact/{library}", f"{name}: times as fast as {library}", found,
@@ -214,7 +215,7 @@ def own_streams(session: Session) -> Iterator[Figure]:
   size = {"num_tasks": 2, "batch_size": session.of(32, 128), "own_streams": True}
   names = ("equal", *session.of(("mgda",), EXACT))
   ours = session.ours({name: {"balancer": name} for name in names}, **size)
-  found = session.medians({name: program.sample for name, program in ours.items()})
+  found = session.medians({name: program.sample for name, program in ours.items()}, base="equal")
   for name in names[1:]:
     yield figure_of("own_streams/equal", f"{name}: times equal weights", found, name, "equal",
                     size)
@@ -231,7 +232,7 @@ def many_tasks(session: Session) -> Iterator[Figure]:
   variants["every_10"] = {"balancer": "mgda", "every": 10, "count": keeping}
   exact = session.of({}, {"exact": {"balancer": "mgda"}})
   ours = session.ours({"equal": {"balancer": "equal"}, **exact, **variants}, **size)
-  found = session.medians({name: ours[name].sample for name in ("equal", *variants)})
+  found = session.medians({name: ours[name].sample for name in ("equal", *variants)}, base="equal")
   for name, variant in variants.items():
     engine = name.partition(" ")[0]
     yield figure_of(f"{engine}/equal", f"{variant['balancer']}, {engine}: times equal weights",

@@ -98,7 +98,7 @@ def sample_of(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: An
 
 
 def medians(samples: Mapping[Any, Sample], rounds: int, longest: float = float("inf"),
-            once: Collection[Any] = ()) -> dict[Any, float]:
+            once: Collection[Any] = (), base: Any = None) -> dict[Any, float]:
   """Medians of samples by name, in seconds.
 
   Rounds go through all in turn, so that a noisy machine disturbs them alike.
@@ -108,6 +108,8 @@ def medians(samples: Mapping[Any, Sample], rounds: int, longest: float = float("
     rounds: how many, one at least.
     longest: seconds after which no further round begins.
     once: names of what is so slow that it takes part in the first round only.
+    base: name of what all others are compared with; it is measured before each of them, so that
+      no disturbance of it moves all ratios.
   """
   times = {name: [] for name in samples}
   end = time.perf_counter() + longest
@@ -115,6 +117,9 @@ def medians(samples: Mapping[Any, Sample], rounds: int, longest: float = float("
     if done and time.perf_counter() > end:
       break
     for name, sample in samples.items():
-      if not done or name not in once:
-        times[name].append(sample())
+      if name == base or done and name in once:
+        continue
+      if base is not None:
+        times[base].append(samples[base]())
+      times[name].append(sample())
   return {name: statistics.median(values) for name, values in times.items()}

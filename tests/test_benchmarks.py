@@ -54,6 +54,11 @@ def test_medians_take_turns_and_stop_in_time():
   assert timing.medians(samples, 3, once=["slow"]) == {"a": 2.0, "slow": 9.0}
   assert order == ["a", "slow", "a", "a"]
   assert timing.medians({"a": sample("a", [5.0, 1.0])}, 2, longest=-1.0) == {"a": 5.0}
+  order.clear()
+  samples = {"a": sample("a", [3.0, 1.0, 1.0, 1.0]), "b": sample("b", [9.0, 7.0]),
+             "c": sample("c", [4.0, 6.0])}
+  assert timing.medians(samples, 2, base="a") == {"a": 1.0, "b": 8.0, "c": 5.0}
+  assert order == ["a", "b", "a", "c"] * 2
 
 
 def test_a_sample_counts_all_its_steps():
