@@ -12,7 +12,7 @@ from mtl_jax.balancing import masked
 PIVOTS = 6  # of the search for the positive entries, at most; well-posed programs take 1 to 4
 ITERATIONS = 25  # of the interior point, at most; twice what well-posed programs take
 ROUNDS = 10  # of Dinkelbach's method, each one quadratic program
-NEWTON_STEPS = 60  # a dozen do for norms alike, all for norms eight decades apart
+NEWTON_STEPS = 60  # at most; a dozen do for norms alike, all for norms eight decades apart
 
 
 def unit_rows(gramian: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -362,8 +362,12 @@ def fair_weights(gramian: jax.Array, active: jax.Array, shares: jax.Array,
   matrix = cosines + 4 * eps * jnp.eye(len(norms), dtype=dtype)
   cap = 32 * (4 * eps)**(-alpha / (1 + alpha))
 
-  def iterate(_, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    y, z = point
+  def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+    i, *_, moved = state
+    return (i < NEWTON_STEPS) & (moved > 4 * eps)
+
+  def iterate(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    i, y, z, _ = state
     residual = jnp.matmul(matrix, alone * y, precision=jax.lax.Precision.HIGHEST) / alone - z
     pull = -z / alpha * (alpha * jnp.log(z) + jnp.log(y))  # dz where y stays
     slope = z / (alpha * y)
@@ -372,12 +376,15 @@ def fair_weights(gramian: jax.Array, active: jax.Array, shares: jax.Array,
     dz = jnp.where(live, pull - slope * dy, 0)
     step = jnp.minimum(1, 0.99 * jnp.minimum(longest_step(y, dy), longest_step(z, dz)))
     sound = jnp.isfinite(jnp.sum(dy) + jnp.sum(dz))
+    moved = jnp.where(sound, jnp.max(jnp.maximum(jnp.abs(dy) / y, jnp.abs(dz) / z)), 0)
     y = jnp.where(sound, jnp.maximum(y + step * dy, floor), y)
     z = jnp.where(sound, jnp.maximum(z + step * dz, floor), z)
-    return y * jnp.minimum(1, cap / jnp.max(y)), z  # all at once, so that what cancels still does
+    y *= jnp.minimum(1, cap / jnp.max(y))  # all at once, so that what cancels still does
+    return i + 1, y, z, moved
 
   start = jnp.ones_like(norms)
-  y, _ = jax.lax.fori_loop(0, NEWTON_STEPS, iterate, (start, start))
+  _, y, _, _ = jax.lax.while_loop(
+      unfinished, iterate, (jnp.zeros((), jnp.int32), start, start, jnp.array(jnp.inf, dtype)))
   weights = alone * y / lengths * longest**(-2 * alpha / (1 + alpha))
   equal = 1 / masked.count(active, dtype)
   return jnp.where(jnp.any(live), jnp.where(live, weights, 0), jnp.where(active, equal, 0))
