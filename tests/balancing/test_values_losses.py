@@ -383,7 +383,8 @@ def test_group_dro_lets_a_task_come_back():
   assert found[2][1] > 0.7
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("groups", [
+    2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_groups_are_the_best_split(groups):
   """Of values in as many clumps as groups, k-means finds the split of least squares."""
   rng = np.random.default_rng(groups)

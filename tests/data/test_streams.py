@@ -23,7 +23,8 @@ def numbered(size, start=0):
                         "label": numbers.astype(np.int32)})
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000])
+@pytest.mark.parametrize("size", [
+    1, 3, 65, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 7, 64, 1000))])
 def test_permute_is_a_bijection_that_keys_change(size):
   positions = jnp.arange(size, dtype=jnp.uint32)
   orders = [np.asarray(order.permute(positions, size, jnp.full(size, key, jnp.uint32)))

@@ -111,7 +111,8 @@ def test_training_learns_and_evaluation_reproduces(tmp_path, capsys):
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_save_first(tmp_path, monkeypatch, number):
   experiment, real = make(), loop.stepper
   def stepper(*args):

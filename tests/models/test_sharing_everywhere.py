@@ -54,8 +54,9 @@ def filled(shapes):
 
 
 @pytest.mark.parametrize("name, fields", [
-    *((name, {}) for name in NAMES), ("dselect_k", {"gate_input": "stem"}),
-    ("cgc", {"own_experts": 2}), ("ple", {"levels": 2})])
+    *((name, {}) for name in NAMES), *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+        ("dselect_k", {"gate_input": "stem"}), ("cgc", {"own_experts": 2}),
+        ("ple", {"levels": 2})))])
 def test_an_owned_parameter_moves_its_task_alone_and_a_shared_one_several(name, fields):
   model, batch = model_of(name, **fields), batch_of(name, size=9)
   variables = filled(jax.eval_shape(lambda: model.init(jax.random.key(0), batch)))

@@ -26,7 +26,8 @@ def opened(variables, task=None, bias=100.0):
 
 
 @pytest.mark.parametrize("trunk, streams, train", [
-    ("cnn", TWO, False), ("resnet", ONE, True), ("mlp", TWO, False)])
+    pytest.param("cnn", TWO, False, marks=pytest.mark.slow), ("resnet", ONE, True),
+    ("mlp", TWO, False)])
 def test_open_masks_are_hard_sharing(trunk, streams, train):
   sharing, hard = (SHARINGS[name](TRUNKS[trunk], TASKS) for name in ("mtan", "hard"))
   images = {stream: IMAGES[stream] for stream in set(streams.values())}

@@ -201,7 +201,9 @@ def test_selectors_that_read_the_examples_have_the_papers_entropy():
   assert set(found) == {"selector_entropy", "gate_entropy"}
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", [
+    name if name in ("cgc", "dselect_k") else pytest.param(name, marks=pytest.mark.slow)
+    for name in FIELDS])
 def test_without_strength_the_program_is_as_if_there_were_no_such_penalty(name, monkeypatch):
   state, batch, step = make(name)
   program = str(jax.make_jaxpr(step)(state, batch))

@@ -34,7 +34,8 @@ def test_the_gramian_and_the_norms_are_those_of_what_moves():
   np.testing.assert_allclose(logs["gradient_norm"], logs["update_norm"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["mgda", "cagrad", "graddrop"])
+@pytest.mark.parametrize("method", [
+    "mgda", pytest.param("cagrad", marks=pytest.mark.slow), "graddrop"])
 def test_under_a_frozen_trunk_tasks_are_balanced_equally(method):
   state, batch, step, _, some_tasks = make(balancer=balancing.get(method), frozen=("trunk",))
   after, logs = jax.jit(step)(state, batch)

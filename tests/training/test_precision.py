@@ -131,7 +131,7 @@ def assert_like(found, expected):
           == jax.tree.map(lambda x: (x.shape, x.dtype), expected))
 
 
-@pytest.mark.parametrize("gradients", ["exact", "features"])
+@pytest.mark.parametrize("gradients", ["exact", pytest.param("features", marks=pytest.mark.slow)])
 def test_a_step_is_that_of_float32_up_to_rounding(gradients):
   new, logs = stepped("bfloat16", gradients)
   full, full_logs = stepped("float32", gradients)
