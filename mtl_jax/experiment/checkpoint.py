@@ -91,9 +91,9 @@ class Checkpoints:
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         record=ocp.args.JsonSave({"text": record, "checksum": _checksum(record)}))
-    self._saving = step
+    manager, self._saving = self._manager, step
     try:
-      self._manager.save(step, args=args)
+      manager.save(step, args=args)
     except Exception as error:  # Orbax wraps full disks in many types
       raise self._failed(error) from error
 
@@ -188,8 +188,9 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state),
                               record=ocp.args.JsonRestore())
+    manager = self._manager
     try:
-      restored = self._manager.restore(step, args=args)
+      restored = manager.restore(step, args=args)
       text, checksum = restored["record"]["text"], restored["record"]["checksum"]
     except Exception as error:  # damage shows in many types
       reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

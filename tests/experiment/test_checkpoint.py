@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import pytest
 
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import loop
+from mtl_jax.experiment.checkpoint import Checkpoints
 from tests.experiment.conftest import final_checksums, make, records
 
 
@@ -129,6 +131,19 @@ def test_a_failing_save_is_named_and_keeps_what_was_there(run, monkeypatch):
   with pytest.raises(UserError, match="checkpoint of step 12 could not be saved.*No space left"):
     loop.train(make(), folder)
   assert final_checksums(folder) == before
+
+
+@pytest.mark.parametrize("use", [
+    lambda checkpoints: checkpoints.save(1, {"x": jnp.zeros(2)}, {}, None),
+    lambda checkpoints: checkpoints.restore(1, {})], ids=["save", "restore"])
+def test_a_folder_that_cannot_be_used_is_neither_damage_nor_a_full_disk(use, tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+  monkeypatch.setattr("orbax.checkpoint.CheckpointManager", refuse)
+  with pytest.raises(UserError) as caught:
+    use(Checkpoints(tmp_path))
+  assert str(caught.value) == (f"{tmp_path}: expected a folder for checkpoints that can be written, "
+                               "found: Permission denied")
 
 
 def test_evaluation_refuses_a_damaged_best(run):
