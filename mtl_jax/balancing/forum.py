@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import hyperparameters, masked, solvers, trained
+from mtl_jax.balancing import hyperparameters, masked, quadratic, solvers, trained
 from mtl_jax.balancing.balancer import Balancer, Decision, Lookahead, Signals
 
 
@@ -157,7 +157,7 @@ class _Program(NamedTuple):
     prices = jnp.where(live, shortest / lengths, 0).at[-1].set(0)
     # In y = λ ‖v‖ / shortest: what a share costs is at most one, and they cost one together.
     linear = jnp.zeros_like(norms).at[-1].set(self.slack * norms[-1] / shortest)
-    y = solvers.nonnegative_minimum(cosines, linear, live, prices)
+    y = quadratic.nonnegative_minimum(cosines, linear, live, prices)
     shares = jnp.where(live, y * shortest / lengths, 0)[:-1]
     zero = active & ~live[:-1]  # a zero gradient is served by any direction
     return jnp.where(jnp.any(zero) | ~jnp.any(live[:-1]),

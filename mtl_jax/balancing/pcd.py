@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.balancing import hyperparameters, solvers
+from mtl_jax.balancing import hyperparameters, quadratic, solvers
 from mtl_jax.balancing.balancer import Balancer, Decision, Signals
 from mtl_jax.balancing.preference import of_active
 
@@ -96,7 +96,7 @@ def pcd(threshold: float | jax.Array = 0.02, decay: float | jax.Array = 0.999,
     lacking = jnp.asarray(threshold, dtype) * sizes - product(start)
     scale = jnp.maximum(jnp.max(lacking, where=others, initial=1), 1)
     ridge = 8 * jnp.finfo(dtype).eps * jnp.eye(len(norms), dtype=dtype)
-    multipliers = scale * solvers.nonnegative_minimum(cosines + ridge, lacking / scale, others)
+    multipliers = scale * quadratic.nonnegative_minimum(cosines + ridge, lacking / scale, others)
     missed = jnp.max(lacking - product(multipliers), where=others, initial=0)
     mixed = start + jnp.where(missed < 1e-3 * scale, multipliers, 0)
 

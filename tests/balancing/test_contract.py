@@ -17,8 +17,8 @@ from mtl_jax.balancing.balancer import gramian_of, init_state
 from tests.balancing.rows import FIRST, LOSSES, ROWS
 
 NO_METHODS = {
-    "__init__", "balancer", "dual_cone", "hyperparameters", "masked", "preference", "search", "solvers",
-    "trained", "wrappers",
+    "__init__", "balancer", "dual_cone", "hyperparameters", "masked", "preference", "quadratic",
+    "search", "solvers", "trained", "wrappers",
 }
 SLOW = pytest.mark.slow
 IDS = [f"{row.name}-{'-'.join(map(str, row.kwargs(1).values()))}".rstrip("-") for row in ROWS]

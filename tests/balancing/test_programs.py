@@ -11,7 +11,7 @@ import pytest
 import scipy.optimize
 
 from mtl_jax import balancing
-from mtl_jax.balancing import solvers
+from mtl_jax.balancing import quadratic, solvers
 from mtl_jax.balancing.balancer import gramian_of
 
 slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
@@ -83,9 +83,9 @@ def test_pivots_find_what_the_interior_point_finds(num_tasks):
   inputs = matrices.astype(np.float32), linear.astype(np.float32), mask
   inside = [np.where(mask[:, :, None] & mask[:, None], inputs[0], 0),
             np.where(mask, inputs[1], 0), mask]
-  found, solved = jax.jit(jax.vmap(solvers._by_pivots))(*inside)
-  whole = jax.jit(jax.vmap(solvers.nonnegative_minimum))(*inputs)
-  other = jax.jit(jax.vmap(solvers._interior_point))(*inside)
+  found, solved = jax.jit(jax.vmap(quadratic._by_pivots))(*inside)
+  whole = jax.jit(jax.vmap(quadratic.nonnegative_minimum))(*inputs)
+  other = jax.jit(jax.vmap(quadratic._interior_point))(*inside)
   assert np.mean(solved) >= 0.7
   assert not np.any(np.where(mask, 0, whole))
   np.testing.assert_allclose(whole, np.where(solved[:, None], found, other), atol=1e-5)
@@ -96,10 +96,10 @@ def test_pivots_find_what_the_interior_point_finds(num_tasks):
     assert np.abs(y[part] * slope).max(initial=0) <= 2e-6 * size**2
     np.testing.assert_allclose(matrix @ y, matrix @ z, atol=2e-5 * size)
   # A slightly wrong sign counts, and not a number is never a solution.
-  y = solvers.nonnegative_minimum(jnp.array([[1.0, 0.5], [0.5, 1.0]]), jnp.array([1.0, 0.4999]),
+  y = quadratic.nonnegative_minimum(jnp.array([[1.0, 0.5], [0.5, 1.0]]), jnp.array([1.0, 0.4999]),
                                   jnp.ones(2, bool))
   np.testing.assert_allclose(y, [1, 0], atol=1e-6)
-  _, solved = solvers._by_pivots(jnp.eye(2), jnp.array([jnp.nan, -1.0]), jnp.ones(2, bool))
+  _, solved = quadratic._by_pivots(jnp.eye(2), jnp.array([jnp.nan, -1.0]), jnp.ones(2, bool))
   assert not solved
 
 

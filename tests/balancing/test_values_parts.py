@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 
 from mtl_jax import balancing, testing
-from mtl_jax.balancing import solvers
+from mtl_jax.balancing import quadratic
 from mtl_jax.balancing.balancer import Ahead
 
 
@@ -181,7 +181,7 @@ def test_the_solver_keeps_a_budget(seed):
   rows /= np.linalg.norm(rows, axis=1, keepdims=True)
   matrix, linear = rows @ rows.T, rng.normal(size=6).astype(np.float32)
   prices = rng.uniform(0.2, 1, 6).astype(np.float32)
-  y = np.asarray(solvers.nonnegative_minimum(
+  y = np.asarray(quadratic.nonnegative_minimum(
       jnp.asarray(matrix), jnp.asarray(linear), jnp.ones(6, bool), jnp.asarray(prices)))
   slope = (matrix @ y - linear) / prices
   assert abs(prices @ y - 1) < 1e-5 and y.min() > -1e-6
