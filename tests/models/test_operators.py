@@ -1,4 +1,4 @@
-"""Convolution and max-pooling equal XLA's own, with every derivative and transformation."""
+"""Convolution, dense products and max-pooling equal XLA's own, with every derivative and transformation."""
 
 import functools
 
@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from mtl_jax.models.operators import Conv, conv, max_pool
+from mtl_jax.models.operators import Conv, Dense, conv, max_pool
+from mtl_jax.models.operators.dense import dot
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # images, kernel, strides, padding; between them the batch is in one slice, in whole ones and not
@@ -29,13 +30,14 @@ CASES = {
     "4x4 patches": ((2, 8, 8, 3), (4, 4, 3, 5), (4, 4), "VALID"),
     "1x1": ((3, 4, 5, 6), (1, 1, 6, 3), (1, 1), "SAME"),
     "1x1 larger batch": ((9, 2, 2, 4), (1, 1, 4, 3), (1, 1), "SAME"),
+    "1x1 more channels than places": ((8, 1, 1, 70), (1, 1, 70, 3), (1, 1), "VALID"),
     "1x1 stride 2": ((3, 5, 6, 4), (1, 1, 4, 3), (2, 2), ((0, 0), (0, 0))),
     "1x1 padded": ((2, 3, 4, 4), (1, 1, 4, 3), (1, 1), ((1, 1), (0, 1))),
     "more padding than kernel": ((2, 3, 4, 4), (2, 2, 4, 3), (1, 1), ((3, 2), (2, 3))),
 }
 SOME = ("3x3 stride 2", "1x1 stride 2")
 QUICK = ("3x3 part of a slice", "3x3 small maps", "3x3 few channels", "3x3 stride 2 both sides",
-         "3x3 strides", "1x1 stride 2")
+         "3x3 strides", "1x1 stride 2", "1x1 more channels than places")
 
 
 def pair(case, dtype=jnp.float32):
@@ -171,7 +173,8 @@ def test_compiled_convolutions_are_canonical(case):
     assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line and "true" not in line
 
 
-@pytest.mark.parametrize("case", ["3x3 whole slices", "3x3 small maps", "1x1"])
+@pytest.mark.parametrize("case", ["3x3 whole slices", "3x3 small maps", "1x1",
+                                  "1x1 more channels than places"])
 def test_eight_devices_equal_one_and_keep_their_examples(case):
   ours, _, (x, kernel) = pair(case)
   x = jnp.concatenate([x] * 8)[:64]
@@ -218,12 +221,50 @@ def test_on_an_accelerator_both_are_xlas(monkeypatch):
   assert "custom_jvp_call" not in primitives(pooled.jaxpr)
 
 
-def test_layers_have_the_parameters_of_linens():
-  x = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
-  ours, theirs = (layer(4, (3, 3), (2, 2)) for layer in (Conv, nn.Conv))
+@pytest.mark.parametrize("shape", [(2, 5, 5, 3), (2, 5)], ids=["Conv", "Dense"])
+def test_layers_have_the_parameters_of_linens(shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  ours, theirs = (Conv(4, (3, 3), (2, 2)), nn.Conv(4, (3, 3), (2, 2))) if len(shape) == 4 else (
+      Dense(4), nn.Dense(4))
   variables = theirs.init(jax.random.key(1), x)
   jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), variables)
   close(ours.apply(variables, x), theirs.apply(variables, x))
+
+
+PRODUCT = (((1,), (0,)), ((), ()))
+
+
+@pytest.mark.parametrize("vectors", [3, 8], ids=["fewer vectors than inputs", "more"])
+def test_dense_products_and_their_gradients(vectors):
+  x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(vectors, 5), (5, 2)]))
+  cts = jnp.arange(2.0 * vectors * 4).reshape(4, vectors, 2)
+
+  def all_of(product):
+    product = functools.partial(product, dimension_numbers=PRODUCT)
+
+    def run(x, kernel):
+      out, pull = jax.vjp(product, x, kernel)
+      return (out, gradients(product)(x, kernel), lax.map(pull, cts), jax.vmap(pull)(cts),
+              jax.vmap(product, (None, 0))(x, jnp.stack([kernel, 2 * kernel])))
+    return jax.jit(run)(x, kernel)
+  close(all_of(dot), all_of(lax.dot_general))
+  assert "conv" in primitives(jax.make_jaxpr(lambda *x: dot(*x, PRODUCT))(x, kernel).jaxpr)
+
+
+@pytest.mark.parametrize("how", [
+    dict(x=(2, 3, 4)), dict(dimension_numbers=(((0,), (0,)), ((), ())), x=(4, 2)),
+    dict(precision="highest"), dict(preferred_element_type=jnp.float32), dict(x=(0, 4)),
+    dict(dtype=jnp.int32), dict(accelerator="tpu")], ids=str)
+def test_other_products_are_left_to_xla(how, monkeypatch):
+  how = dict(how)
+  shape, dtype = how.pop("x", (2, 4)), how.pop("dtype", jnp.float32)
+  if accelerator := how.pop("accelerator", None):
+    monkeypatch.setattr(jax, "default_backend", lambda: accelerator)
+  x, kernel = jnp.ones(shape, dtype), jnp.ones((4, 3), dtype)
+  how = dict(dimension_numbers=(((x.ndim - 1,), (0,)), ((), ()))) | how
+  names = primitives(jax.make_jaxpr(functools.partial(dot, **how))(x, kernel).jaxpr)
+  assert "conv" not in names and "dot_general" in names
+  close(dot(x, kernel, **how), lax.dot_general(x, kernel, **how))
 
 
 POOLS = {

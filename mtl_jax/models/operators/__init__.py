@@ -1,9 +1,10 @@
-"""Convolution and max-pooling that are fast on CPUs as well, with any derivative and under vmap.
+"""Convolution, max-pooling and dense products that are fast on CPUs as well, with any derivative and under vmap.
 
 On accelerators these are XLA's own.
 """
 
 from mtl_jax.models.operators.convolution import Conv, conv, conv_relu_max_pool
+from mtl_jax.models.operators.dense import Dense
 from mtl_jax.models.operators.max_pooling import max_pool
 
-__all__ = ["Conv", "conv", "conv_relu_max_pool", "max_pool"]
+__all__ = ["Conv", "Dense", "conv", "conv_relu_max_pool", "max_pool"]

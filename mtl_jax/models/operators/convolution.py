@@ -45,7 +45,7 @@ def conv(lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int],
   """
   dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
   plain = feature_group_count == 1 and precision is None and not dilated
-  if plain and _ours(lhs, rhs, dimension_numbers):
+  if plain and ours(lhs, rhs, dimension_numbers):
     window = window_of(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     if min(window.out) > 0:
       return primitives.conv(lhs, rhs, window)
@@ -82,7 +82,7 @@ def conv_relu_max_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array,
   Array([[0., 1.],
          [7., 9.]], dtype=float32)
   """
-  if _ours(x, kernel, cpu.LAYOUT) and math.prod(pool) <= MOST_PLACES:
+  if ours(x, kernel, cpu.LAYOUT) and math.prod(pool) <= MOST_PLACES:
     window = window_of(x.shape[1:3], kernel.shape[:2], (1, 1), padding, pool)
     if min(window.pooled) > 0:
       return primitives.conv_relu_max_pool(x, kernel, bias, window)
@@ -90,7 +90,7 @@ def conv_relu_max_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array,
   return nn.relu(x + bias[None, None, None])
 
 
-def _ours(x: jax.Array, kernel: jax.Array, layout: Any) -> bool:
+def ours(x: jax.Array, kernel: jax.Array, layout: Any) -> bool:
   """On CPUs, float arrays of four known, positive sizes in the canonical layout."""
   if jax.default_backend() != "cpu" or x.ndim != 4 or kernel.ndim != 4:
     return False

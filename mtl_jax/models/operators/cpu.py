@@ -1,10 +1,10 @@
-"""What convolutions are computed by on CPUs, where XLA has weak points.
+"""What convolutions and dense layers are computed by on CPUs, where XLA has weak points.
 
 A convolution is fast there only in canonical form, `NHWC, HWIO -> NHWC` with no kernel reversed;
 XLA brings gradients into it in a program's outermost computation only, so that in a loop or a
 branch they are many times slower. The gradient of a kernel has the whole batch as the channels of
-one convolution, which leaves the cache; so does a map that is pooled at once. And a convolution
-reads the three colours of an image one by one.
+one convolution, which leaves the cache; so does a map that is pooled at once. A convolution reads
+the three colours of an image one by one. And a product reads a tall transposed matrix slowly.
 
 All of these functions go to and from maps [B, H', W', D] or, where they are given the places of
 first maxima, to and from pools [B, H'', W'', D].
@@ -88,8 +88,11 @@ def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Wind
   if place and _in_blocks(window, x.shape[3]):
     return _kernel_gradient_in_blocks(x, ct, *place, window=window)
   if window.pointwise and not place:
-    x = _positions(x, window).reshape(-1, x.shape[3])
-    return _dot(x.T, ct.reshape(-1, ct.shape[3])).reshape(1, 1, x.shape[1], -1)
+    x = _positions(x, window).reshape(-1, x.shape[3]).T
+    if isinstance(x.shape[1], int) and x.shape[1] < x.shape[0]:
+      # A copy is read faster, and made once for a loop over many cotangents.
+      x = lax.optimization_barrier(x)
+    return _dot(x, ct.reshape(-1, ct.shape[3])).reshape(1, 1, x.shape[0], -1)
   pads = [(low, size + reach - 1 - image - low) for image, size, reach, (low, _) in
           zip(window.image, window.kernel, window.reach, window.padding)]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.operators import conv_relu_max_pool
+from mtl_jax.models.operators import Dense, conv_relu_max_pool
 from mtl_jax.models.trunks.trunk import Trunk, check_images
 
 
@@ -66,7 +66,7 @@ class CNN(Trunk):
       self._check_images(x)
     if name == "features":
       pooled = x.mean(axis=(1, 2)) if self.pool == "mean" else x.reshape(x.shape[0], -1)
-      return nn.relu(nn.Dense(self.width, name="dense")(pooled))
+      return nn.relu(Dense(self.width, name="dense")(pooled))
     return _Convolution(self.channels[place], name=name)(x)
 
   def _check_images(self, images: jax.Array) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.operators import Dense
 from mtl_jax.models.trunks.trunk import Trunk
 
 
@@ -42,5 +43,5 @@ class MLPTrunk(Trunk):
       raise ValueError(f"mlp: dropout: expected a rate in [0, 1), found {self.dropout}")
     place = self.place(name)
     x = x.reshape(x.shape[0], -1)
-    x = nn.relu(nn.Dense(self.widths[place], name=f"dense{place + 1}")(x))
+    x = nn.relu(Dense(self.widths[place], name=f"dense{place + 1}")(x))
     return nn.Dropout(self.dropout, deterministic=not train)(x)
