@@ -275,13 +275,15 @@ def seeds(session: Session) -> Iterator[Figure]:
     experiments = [loop.experiment_of(file, session.steps, "resident", data_dir, seed)
                    for seed in range(count)]
 
-    def sample(several: Sequence[Any]) -> Sample:
+    def sample(several: Sequence[Any], in_a_sample: int) -> Sample:
       steps, mesh = stepper(several, data_mesh(), 0, stack), data_mesh()
       states = [create_sharded(one.first_state, mesh)
                 for one in several]
       return sample_of(lambda states, _: steps(states, 1), states, None,
-                       steps=session.per_sample)[0]
-    found = session.medians({"together": sample(experiments), "alone": sample(experiments[:1])})
+                       steps=in_a_sample * session.per_sample)[0]
+    # As many steps of the one as of all together, so that both are disturbed for as long.
+    found = session.medians({"together": sample(experiments, 1),
+                             "alone": sample(experiments[:1], count)})
   yield Figure("seeds/alone", f"{count} seeds in one program: times as fast as {count} runs",
                count * found["alone"] / found["together"],
                {"milliseconds": {"together": 1e3 * found["together"],
