@@ -1,7 +1,10 @@
 """Training steps of several seeds over one copy of resident data, compiled once."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import functools
+import os
 from typing import Any
 
 import jax
@@ -15,16 +18,17 @@ from mtl_jax.training.sharding import replicated, sharded_resident_steps, sharde
 
 
 def vectorized() -> bool:
-  """Whether the seeds of one program train side by side or in turn.
+  """Whether the seeds of one program train by one step for all, or each by its own in turn.
 
-  Side by side, every convolution is one of many groups, which accelerators are made for; on CPUs
+  In one, every convolution is one of many groups, which accelerators are made for; on CPUs
   it is up to four times slower than the seeds in turn, and an unrolled loop over the seeds takes
   their number times as long to compile and is no faster.
   """
   return jax.default_backend() != "cpu"
 
 
-def seeds_steps(experiments: Sequence[Experiment], mesh: Mesh) -> Callable:
+def seeds_steps(experiments: Sequence[Experiment], mesh: Mesh,
+                stack: contextlib.ExitStack) -> Callable:
   """The steps of experiments that differ in their seed alone; see `stepper.stepper`."""
   shared = jax.device_put(_columns(experiments[0]), replicated(mesh))
   own = [jax.device_put({"views": _views(one), "statistics": one.statistics_arrays},
@@ -40,11 +44,32 @@ def seeds_steps(experiments: Sequence[Experiment], mesh: Mesh) -> Callable:
   def together(states: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
     return compiled(0, count)(list(states), shared, own)
 
+  lanes = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(_at_once(experiments, mesh))]
+  begun = set()
+
   def in_turn(states: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
-    results = [compiled(0 if same else number, count)(state, (shared, own[number]))
-               for number, state in enumerate(states)]
+    def steps_of(number: int) -> tuple[Any, Any]:
+      return compiled(0 if same else number, count)(states[number], (shared, own[number]))
+
+    numbers = range(len(states))
+    if count in begun:
+      calls = [lanes[number % len(lanes)].submit(steps_of, number) for number in numbers]
+      results = [call.result() for call in calls]
+    else:  # which compiles
+      results = [steps_of(number) for number in numbers]
+      begun.add(count)
     return [state for state, _ in results], [logs for _, logs in results]
   return together if same and vectorized() else in_turn
+
+
+def _at_once(experiments: Sequence[Experiment], mesh: Mesh) -> int:
+  """How many seeds take a step at a time, each called from a thread of its own.
+
+  JAX lets the calls of one thread wait for each other. Side by side, one step's small operations,
+  which keep one core, leave no other idle. Steps that wait for several devices could wait forever.
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return 1 if mesh.size > 1 else min(len(experiments), cores or 1)
 
 
 def _batch_at(experiment: Experiment, data: tuple[Any, Any], state: Any) -> Any:

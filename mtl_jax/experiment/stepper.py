@@ -42,7 +42,7 @@ def stepper(experiments: Sequence[Experiment], mesh: Mesh, state: Any,
     `steps(states, count) -> (states, logs)`, one a seed, logs with a leading axis of the steps.
   """
   if len(experiments) > 1:
-    return seeds_steps(experiments, mesh)
+    return seeds_steps(experiments, mesh, stack)
   step = _one_run(experiments[0], mesh, state, stack)
 
   def steps(states: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:

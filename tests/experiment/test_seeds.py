@@ -1,7 +1,10 @@
 """Several seeds in one program: each as if alone, whatever happens on the way."""
 
+import contextlib
 import json
+import os
 import statistics
+import threading
 
 import jax
 import numpy as np
@@ -69,6 +72,30 @@ def test_each_seed_is_as_if_alone(tmp_path, monkeypatch, vectorized, steps_per_c
       assert found["mean"] == pytest.approx(np.mean(values), rel=2e-3)
       assert found["std"] == pytest.approx(statistics.stdev(found["values"]))
   assert len(set(summary["test"]["a/loss"]["values"])) == 2
+
+
+@pytest.mark.parametrize("devices, called_from", [(1, [0, 1, 0]), (8, [0, 0, 0])], ids=str)
+def test_in_turn_two_cores_take_two_seeds_steps_at_a_time(monkeypatch, devices, called_from):
+  """One device's, once they are compiled: of several devices they could wait for each other."""
+  threads = {}
+
+  def compile_steps(*_):
+    def run(state, data):
+      threads[state] = threading.get_ident()
+      return state + 1, -state
+    return run
+  monkeypatch.setattr(seeds_stepper, "sharded_resident_steps", compile_steps)
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+  experiments = [make(seed=seed) for seed in range(3)]
+  with contextlib.ExitStack() as stack:
+    steps = seeds_stepper.seeds_steps(experiments, sharding.data_mesh(jax.devices()[:devices]),
+                                      stack)
+    assert steps([10, 20, 30], 1) == ([11, 21, 31], [-10, -20, -30])
+    assert steps([11, 21, 31], 1) == ([12, 22, 32], [-11, -21, -31])
+  assert [threads[state] for state in (10, 20, 30)] == [threading.get_ident()] * 3
+  found = [threads[state] for state in (11, 21, 31)]
+  assert [found.index(thread) for thread in found] == called_from
+  assert threading.get_ident() not in found
 
 
 DEATHS = [  # the place, and at which of the two seeds' calls in turn
