@@ -44,7 +44,8 @@ def products(model, batch):
   run = functools.partial(apply, model, precision="bfloat16", train=True, mutable=states,
                           rngs={"dropout": jax.random.key(0)})
   program, shapes = jax.make_jaxpr(run, return_shape=True)(variables, batch)
-  found = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated)", str(program))
+  found = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated|conv)\b",
+                     str(program))
   return found, variables, shapes
 
 
