@@ -252,7 +252,7 @@ def test_dense_products_and_their_gradients(vectors):
 
 
 @pytest.mark.parametrize("how", [
-    dict(x=(2, 3, 4)), dict(dimension_numbers=(((0,), (0,)), ((), ())), x=(4, 2)),
+    dict(x=(2, 3, 4)), dict(dimension_numbers=(((0,), (0,)), ((), ())), x=(4, 4)),
     dict(precision="highest"), dict(preferred_element_type=jnp.float32), dict(x=(0, 4)),
     dict(dtype=jnp.int32), dict(accelerator="tpu")], ids=str)
 def test_other_products_are_left_to_xla(how, monkeypatch):
