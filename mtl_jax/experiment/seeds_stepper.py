@@ -20,9 +20,9 @@ from mtl_jax.training.sharding import replicated, sharded_resident_steps, sharde
 def vectorized() -> bool:
   """Whether the seeds of one program train by one step for all, or each by its own in turn.
 
-  In one, every convolution is one of many groups, which accelerators are made for; on CPUs
-  it is up to four times slower than the seeds in turn, and an unrolled loop over the seeds takes
-  their number times as long to compile and is no faster.
+  In one, every convolution is one of many groups, which accelerators are made for; on CPUs it is up
+  to four times slower than the seeds in turn, and an unrolled loop over the seeds takes their
+  number times as long to compile and is no faster.
   """
   return jax.default_backend() != "cpu"
 
@@ -63,7 +63,7 @@ def seeds_steps(experiments: Sequence[Experiment], mesh: Mesh,
 
 
 def _at_once(experiments: Sequence[Experiment], mesh: Mesh) -> int:
-  """How many seeds take a step at a time, each called from a thread of its own.
+  """How many seeds take a step at a time, in as much memory, each called from its own thread.
 
   JAX lets the calls of one thread wait for each other. Side by side, one step's small operations,
   which keep one core, leave no other idle. Steps that wait for several devices could wait forever.

@@ -1,6 +1,6 @@
-"""Convolution, max-pooling and dense products that are fast on CPUs as well, with any derivative and under vmap.
+"""Convolution, dense layers and max-pooling that are fast on CPUs as well.
 
-On accelerators these are XLA's own.
+They have any derivative, also under vmap. On accelerators these are XLA's own.
 """
 
 from mtl_jax.models.operators.convolution import Conv, conv, conv_relu_max_pool
