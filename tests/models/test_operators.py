@@ -1,4 +1,4 @@
-"""Convolution, dense products and max-pooling equal XLA's own, with every derivative and transformation."""
+"""Convolution, dense layers and max-pooling equal XLA's own, also derived and transformed."""
 
 import functools
 
@@ -236,7 +236,8 @@ PRODUCT = (((1,), (0,)), ((), ()))
 
 @pytest.mark.parametrize("vectors", [3, 8], ids=["fewer vectors than inputs", "more"])
 def test_dense_products_and_their_gradients(vectors):
-  x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(vectors, 5), (5, 2)]))
+  shapes = [(vectors, 5), (5, 2)]
+  x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
   cts = jnp.arange(2.0 * vectors * 4).reshape(4, vectors, 2)
 
   def all_of(product):
