@@ -42,9 +42,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the peers comp
 import jax  # noqa: E402
 from measurements import MEASUREMENTS, Figure, Session  # noqa: E402
 from peers import Peers  # noqa: E402
-from timing import emit, machine, on_accelerator, programs_kept, threads  # noqa: E402
+from timing import emit, machine, on_accelerator, programs_kept  # noqa: E402
 
 from mtl_jax.experiment import allocator  # noqa: E402
+from mtl_jax.experiment.cores import cores  # noqa: E402
 
 Bound = float | Callable[[int], float] | None  # by the number of tasks, or none
 
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> None:
     print(f"warning: the machine is busy (load {facts['load']}); the peers' threads suffer more "
           "from it than ours, so that no figure beside them counts", file=sys.stderr)
   with programs_kept(), tempfile.TemporaryDirectory() as folder, contextlib.closing(
-      Peers(args.peers, threads(), pathlib.Path(folder))) as peers:
+      Peers(args.peers, cores(), pathlib.Path(folder))) as peers:
     for figure in figures(names, Session(peers, args.quick)):
       lines.append({**judged(figure, on_accelerator()), "quick": args.quick})
       emit("run", **lines[-1])

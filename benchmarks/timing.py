@@ -16,17 +16,14 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from mtl_jax.experiment.cores import cores
+
 Sample = Callable[[], float]  # measures once, and returns seconds a step
 
 
 def on_accelerator() -> bool:
   """Whether jax computes elsewhere than on the host's own cores."""
   return jax.default_backend() != "cpu"
-
-
-def threads() -> int:
-  """The cores that this process may use, as many as XLA has threads on a CPU."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def emit(benchmark: str, **fields: Any) -> None:
@@ -43,7 +40,7 @@ def machine() -> dict[str, Any]:
   return {
       "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
       "processor": names[0] if names else platform.processor() or platform.machine(),
-      "threads": threads(),
+      "threads": cores(),
       "load": round(os.getloadavg()[0], 2),
       "device": jax.devices()[0].device_kind,
       "devices": jax.device_count(),

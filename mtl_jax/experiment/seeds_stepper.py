@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import functools
-import os
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from mtl_jax.data.source import Columns
 from mtl_jax.data.views import view_of, viewed_batch
+from mtl_jax.experiment.cores import cores
 from mtl_jax.experiment.experiment import Experiment
 from mtl_jax.experiment.task_sections import alike
 from mtl_jax.training.sharding import replicated, sharded_resident_steps, sharded_seeds_steps
@@ -68,8 +68,7 @@ def _at_once(experiments: Sequence[Experiment], mesh: Mesh) -> int:
   JAX lets the calls of one thread wait for each other. Side by side, one step's small operations,
   which keep one core, leave no other idle. Steps that wait for several devices could wait forever.
   """
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return 1 if mesh.size > 1 else min(len(experiments), cores or 1)
+  return 1 if mesh.size > 1 else min(len(experiments), cores())
 
 
 def _batch_at(experiment: Experiment, data: tuple[Any, Any], state: Any) -> Any:

@@ -17,6 +17,7 @@ from mtl_jax.data.streams import resident_batch
 from mtl_jax.data.views import view_of, viewed_batch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import fields, loop, seeds, seeds_stepper
+from mtl_jax.experiment.cores import cores
 from mtl_jax.experiment.run import Run
 from mtl_jax.randomness import purpose_key
 from mtl_jax.testing import jacobians
@@ -85,7 +86,7 @@ def test_in_turn_two_cores_take_two_seeds_steps_at_a_time(monkeypatch, devices, 
       return state + 1, -state
     return run
   monkeypatch.setattr(seeds_stepper, "sharded_resident_steps", compile_steps)
-  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+  monkeypatch.setattr(seeds_stepper, "cores", lambda: 2)
   experiments = [make(seed=seed) for seed in range(3)]
   with contextlib.ExitStack() as stack:
     steps = seeds_stepper.seeds_steps(experiments, sharding.data_mesh(jax.devices()[:devices]),
@@ -96,6 +97,14 @@ def test_in_turn_two_cores_take_two_seeds_steps_at_a_time(monkeypatch, devices, 
   found = [threads[state] for state in (11, 21, 31)]
   assert [found.index(thread) for thread in found] == called_from
   assert threading.get_ident() not in found
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+  monkeypatch.setattr(os, "cpu_count", lambda: 64)
+  assert cores() == 1
+  monkeypatch.delattr(os, "sched_getaffinity")
+  assert cores() == 64
 
 
 DEATHS = [  # the place, and at which of the two seeds' calls in turn

@@ -187,8 +187,9 @@ def test_eight_devices_equal_one_and_keep_their_examples(case):
   assert "all-gather" not in text and "all-to-all" not in text
 
 
-def test_exported_for_any_batch():
-  ours, theirs, (x, kernel) = pair("3x3 whole slices")
+@pytest.mark.parametrize("case", ["3x3 whole slices", "1x1 more channels than places"])
+def test_exported_for_any_batch(case):
+  ours, theirs, (x, kernel) = pair(case)
   batch, = jax.export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
   exported = jax.export.export(jax.jit(gradients(ours)))(
