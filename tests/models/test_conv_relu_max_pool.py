@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import pytest
 
 from mtl_jax.models.operators import conv_relu_max_pool
-from tests.models.test_operators import LAYOUT, close, close_when_mapped, gradients, temporaries
+from tests.models.test_operators import (LAYOUT, close, close_when_mapped,
+                                         close_when_pulled_back_together, gradients, temporaries)
 
 # images, kernel, padding, pool; between them kernels are read in blocks and not, in slices and not
 CASES = {
@@ -113,13 +114,12 @@ def test_mapped_over_images_kernels_or_biases(case, axes):
   close_when_mapped(*pair(case), axes)
 
 
-@pytest.mark.parametrize("case", longer(SOME, SOME[1:]))
+@pytest.mark.parametrize("case", longer(
+    (*SOME, "in blocks and slices", "more channels in slices", "small maps"),
+    (SOME[1], "in blocks and slices", "small maps")))
 def test_mapped_over_cotangents_and_directions(case):
   ours, theirs, operands = pair(case)
-  out, _ = jax.vjp(theirs, *operands)
-  cotangents = jax.random.normal(jax.random.key(3), (3, *out.shape))
-  close(*(jax.jit(lambda ct, f=f: jax.vmap(jax.vjp(f, *operands)[1])(ct))(cotangents)
-          for f in (ours, theirs)))
+  close_when_pulled_back_together(ours, theirs, operands)
   x, kernel, bias = operands
   directions = jax.random.normal(jax.random.key(4), (3, *kernel.shape))
   _, along = jax.linearize(lambda kernel: ours(x, kernel, bias), kernel)
