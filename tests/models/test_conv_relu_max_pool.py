@@ -25,11 +25,14 @@ CASES = {
     "more channels in slices": ((19, 24, 22, 4), (3, 3, 4, 2), "SAME", (2, 2)),
     "more channels, with a rest": ((2, 7, 8, 4), (3, 3, 4, 2), "VALID", (2, 4)),
     "small maps": ((70, 4, 4, 4), (3, 3, 4, 2), "SAME", (2, 2)),
+    "wide": ((19, 24, 22, 4), (3, 3, 4, 64), "SAME", (2, 2)),
+    "wide, shifted": ((2, 7, 8, 4), (3, 2, 4, 64), ((2, 3), (0, 1)), (2, 2)),
+    "wide, with a rest": ((2, 7, 8, 5), (3, 3, 5, 65), "VALID", (2, 4)),
     "1x1": ((3, 4, 4, 6), (1, 1, 6, 3), "SAME", (2, 2)),
     "pools of one": ((2, 4, 4, 4), (3, 3, 4, 2), "SAME", (1, 1)),
 }
 SOME = ("in blocks, with a rest", "more channels, with a rest")
-QUICK = (*SOME, "in blocks and slices", "small maps")
+QUICK = (*SOME, "in blocks and slices", "small maps", "wide, shifted")
 
 
 def longer(cases, quick=QUICK):

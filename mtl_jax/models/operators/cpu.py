@@ -26,6 +26,7 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 TASKS = 4  # whose cotangents go together, at most
 EXAMPLES = 16  # of a slice of the batch, at least
 _POSITIONS = 512  # of a slice's maps, at least; small maps are sliced more coarsely
+_LARGE = 1024  # positions of a map; as kernels, more than eight of them leave the cache
 _PACKET = 4  # channels that are read at once; fewer are read one by one
 
 
@@ -96,7 +97,7 @@ def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Wind
   elif place and _in_blocks(window, x.shape[3]):
     total = _kernel_gradient_in_blocks(x, ct, *place, window=window)
   else:
-    total = _kernel_gradient_by_rows(x, ct, *place, window=window)
+    total = _kernel_gradient_by_slices(x, ct, *place, window=window)
   return total.astype(x.dtype)
 
 
@@ -222,27 +223,25 @@ def _kernel_gradient_pointwise(x: jax.Array, ct: jax.Array, window: Window) -> j
   return jnp.moveaxis(total, 3, 0)
 
 
-def _kernel_gradient_by_rows(x: jax.Array, ct: jax.Array, *place: jax.Array,
-                             window: Window) -> jax.Array:
+def _kernel_gradient_by_slices(x: jax.Array, ct: jax.Array, *place: jax.Array,
+                               window: Window) -> jax.Array:
   dtype = _sum_dtype(x)
-  (height, width), (down, right), reach = window.kernel, window.strides, window.reach
-  pads = [(low, size + reach - 1 - image - low, 0) for image, size, reach, (low, _) in
+  pads = [(low, size + reach - 1 - image - low) for image, size, reach, (low, _) in
           zip(window.image, window.kernel, window.reach, window.padding)]
 
   def of(x: jax.Array, ct: jax.Array, *place: jax.Array) -> jax.Array:
-    # Examples last: what a row of the kernel sees is copied in long runs, and is read as it lies.
-    x = lax.pad(x.transpose(3, 1, 2, 0).astype(dtype), jnp.zeros((), dtype),
-                [(0, 0, 0), *pads, (0, 0, 0)])
-    seen = jnp.stack([x[:, :, j:j + reach[1]:right] for j in range(width)])
-    seen = [seen[:, :, i:i + reach[0]:down] for i in range(height)]
+    # The cotangent is a kernel that moves over the image; examples are the channels.
+    x, place = x.transpose(3, 1, 2, 0).astype(dtype), [x.transpose(1, 2, 0, 3) for x in place]
 
     def one(ct: jax.Array) -> jax.Array:
       ct = ct.transpose(1, 2, 0, 3).astype(dtype)
       if place:
-        ct = _unpooled(ct, place[0].transpose(1, 2, 0, 3), window, rows=0)
-      return jnp.stack([jnp.tensordot(row, ct, 3) for row in seen])
+        ct = _unpooled(ct, *place, window, rows=0)
+      return _canonical(x, ct, (1, 1), pads, rhs_dilation=window.strides)
     return _for_each_task(one, ct)
-  return sum_slices(of, _slice(window), x, ct, *place)
+
+  size = 8 if math.prod(window.out) >= _LARGE else _slice(window)
+  return jnp.moveaxis(sum_slices(of, size, x, ct, *place), -4, -2)
 
 
 def _kernel_gradient_in_blocks(x: jax.Array, ct: jax.Array, place: jax.Array,
