@@ -10,8 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import pytest
 
 from mtl_jax.models.operators import conv_relu_max_pool
-from tests.models.test_operators import (LAYOUT, close, close_when_mapped,
-                                         close_when_pulled_back_together, gradients, temporaries)
+from tests.models.test_operators import LAYOUT, close, close_when_mapped, gradients, temporaries
 
 # images, kernel, padding, pool; between them kernels are read in blocks and not, in slices and not
 CASES = {
@@ -25,14 +24,11 @@ CASES = {
     "more channels in slices": ((19, 24, 22, 4), (3, 3, 4, 2), "SAME", (2, 2)),
     "more channels, with a rest": ((2, 7, 8, 4), (3, 3, 4, 2), "VALID", (2, 4)),
     "small maps": ((70, 4, 4, 4), (3, 3, 4, 2), "SAME", (2, 2)),
-    "wide": ((19, 24, 22, 4), (3, 3, 4, 64), "SAME", (2, 2)),
-    "wide, shifted": ((2, 7, 8, 4), (3, 2, 4, 64), ((2, 3), (0, 1)), (2, 2)),
-    "wide, with a rest": ((2, 7, 8, 5), (3, 3, 5, 65), "VALID", (2, 4)),
     "1x1": ((3, 4, 4, 6), (1, 1, 6, 3), "SAME", (2, 2)),
     "pools of one": ((2, 4, 4, 4), (3, 3, 4, 2), "SAME", (1, 1)),
 }
 SOME = ("in blocks, with a rest", "more channels, with a rest")
-QUICK = (*SOME, "in blocks and slices", "small maps", "wide, shifted")
+QUICK = (*SOME, "in blocks and slices", "small maps")
 
 
 def longer(cases, quick=QUICK):
@@ -117,12 +113,13 @@ def test_mapped_over_images_kernels_or_biases(case, axes):
   close_when_mapped(*pair(case), axes)
 
 
-@pytest.mark.parametrize("case", longer(
-    (*SOME, "in blocks and slices", "more channels in slices", "small maps"),
-    (SOME[1], "in blocks and slices", "small maps")))
+@pytest.mark.parametrize("case", longer(SOME, SOME[1:]))
 def test_mapped_over_cotangents_and_directions(case):
   ours, theirs, operands = pair(case)
-  close_when_pulled_back_together(ours, theirs, operands)
+  out, _ = jax.vjp(theirs, *operands)
+  cotangents = jax.random.normal(jax.random.key(3), (3, *out.shape))
+  close(*(jax.jit(lambda ct, f=f: jax.vmap(jax.vjp(f, *operands)[1])(ct))(cotangents)
+          for f in (ours, theirs)))
   x, kernel, bias = operands
   directions = jax.random.normal(jax.random.key(4), (3, *kernel.shape))
   _, along = jax.linearize(lambda kernel: ours(x, kernel, bias), kernel)

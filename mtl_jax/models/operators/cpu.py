@@ -10,7 +10,7 @@ All of these functions go to and from maps [B, H', W', D] or, where they are giv
 first maxima, to and from pools [B, H'', W'', D].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
 
 import jax
@@ -23,10 +23,10 @@ from mtl_jax.models.operators.slices import add_slices, map_slices, sum_slices
 from mtl_jax.models.operators.window import Window
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-TASKS = 4  # whose cotangents go together, at most
 EXAMPLES = 16  # of a slice of the batch, at least
 _POSITIONS = 512  # of a slice's maps, at least; small maps are sliced more coarsely
-_LARGE = 1024  # positions of a map; as kernels, more than eight of them leave the cache
+_LARGE = 1024  # positions of a map; more than eight of such maps as one kernel leave the cache
+_AT_ONCE = 4  # slices; a convolution in a loop keeps one core busy
 _PACKET = 4  # channels that are read at once; fewer are read one by one
 
 
@@ -38,7 +38,7 @@ def block(x: jax.Array, kernel: jax.Array, bias: jax.Array,
     maxima, place = first_maxima(_values(x, kernel, window))
     maxima += bias[None, None, None]
     return jnp.maximum(maxima, 0), jnp.where(maxima > 0, place, jnp.uint8(NOWHERE))
-  return map_slices(of, _slice(window), x)
+  return map_slices(of, _slice(window), x, at_once=_AT_ONCE)
 
 
 def shift(bias: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
@@ -48,16 +48,16 @@ def shift(bias: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
 
 
 def bias_gradient(ct: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
-  """[B, H'', W'', D] -> [D], or [T, B, H'', W'', D] -> [T, D]; summed in float32 or better."""
+  """[B, H'', W'', D] -> [D]; summed in float32 or better."""
   def of(ct: jax.Array, place: jax.Array) -> jax.Array:
-    place = place.reshape(*(1 for _ in ct.shape[:-4]), *place.shape)
     # Sums of columns are slow. Halves are added in vectors until there is one example.
     felt = jnp.where(place.astype(ct.dtype) != NOWHERE, ct, jnp.zeros((), ct.dtype))
     felt = felt.astype(_sum_dtype(ct))
-    while isinstance(felt.shape[-4], int) and felt.shape[-4] % 2 == 0:
-      felt = sum(jnp.split(felt, 2, -4))
-    return felt.sum(-4)
-  return sum_slices(of, _slice(window), ct, place).sum((-3, -2)).astype(ct.dtype)
+    while isinstance(felt.shape[0], int) and felt.shape[0] % 2 == 0:
+      half = felt.shape[0] // 2
+      felt = felt[:half] + felt[half:]
+    return felt.sum(0)
+  return sum_slices(of, _slice(window), ct, place).sum((0, 1)).astype(ct.dtype)
 
 
 def forward(x: jax.Array, kernel: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
@@ -77,28 +77,37 @@ def forward_onto(x: jax.Array, kernel: jax.Array, place: jax.Array, total: jax.A
 
 def input_gradient(ct: jax.Array, kernel: jax.Array, *place: jax.Array,
                    window: Window) -> jax.Array:
-  """[B, H', W', D], [h, w, C, D] -> [B, H, W, C], or [T, B, H', W', D] -> [T, B, H, W, C]."""
-  def of(ct: jax.Array, *place: jax.Array) -> jax.Array:
-    def one(ct: jax.Array) -> jax.Array:
-      return _map_gradient(_unpooled(ct, *place, window) if place else ct, kernel, window)
-    return _for_each_task(one, ct)
+  """[B, H', W', D], [h, w, C, D] -> [B, H, W, C]."""
   if not place:
-    return of(ct)
-  return map_slices(of, max(8, _slice(window) // math.prod(ct.shape[:-4])), ct, *place)
+    return _map_gradient(ct, kernel, window)
+  return map_slices(lambda ct, place: _map_gradient(_unpooled(ct, place, window), kernel, window),
+                    _slice(window), ct, *place, at_once=_AT_ONCE)
 
 
 def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
-  """[B, H, W, C], [B, H', W', D] -> [h, w, C, D], or [T, B, H', W', D] -> [T, h, w, C, D].
-
-  Summed in float32 or better.
-  """
+  """[B, H, W, C], [B, H', W', D] -> [h, w, C, D]; summed in float32 or better."""
+  dtype = _sum_dtype(x)
+  if place and _in_blocks(window, x.shape[3]):
+    return _kernel_gradient_in_blocks(x, ct, *place, window=window)
   if window.pointwise and not place:
-    total = _kernel_gradient_pointwise(x, ct, window)
-  elif place and _in_blocks(window, x.shape[3]):
-    total = _kernel_gradient_in_blocks(x, ct, *place, window=window)
-  else:
-    total = _kernel_gradient_by_slices(x, ct, *place, window=window)
-  return total.astype(x.dtype)
+    x = _positions(x, window).reshape(-1, x.shape[3]).T
+    if isinstance(x.shape[1], int) and x.shape[1] < x.shape[0]:
+      # A copy is read faster, and made once for a loop over many cotangents.
+      x = lax.optimization_barrier(x)
+    return _dot(x, ct.reshape(-1, ct.shape[3])).reshape(1, 1, x.shape[0], -1)
+  pads = [(low, size + reach - 1 - image - low) for image, size, reach, (low, _) in
+          zip(window.image, window.kernel, window.reach, window.padding)]
+
+  def of(x: jax.Array, ct: jax.Array, *place: jax.Array) -> jax.Array:
+    # The cotangent is a kernel that moves over the image; examples are the channels.
+    x, ct = x.transpose(3, 1, 2, 0).astype(dtype), ct.transpose(1, 2, 0, 3).astype(dtype)
+    if place:
+      ct = _unpooled(ct, place[0].transpose(1, 2, 0, 3), window, rows=0)
+    return _canonical(x, ct, (1, 1), pads, rhs_dilation=window.strides)
+
+  size = 8 if math.prod(window.out) >= _LARGE else _slice(window)
+  total = sum_slices(of, size, x, ct, *place)
+  return total.transpose(1, 2, 0, 3).astype(x.dtype)
 
 
 def _slice(window: Window) -> int:
@@ -211,39 +220,6 @@ def _kernels(kernel: jax.Array, window: Window) -> jax.Array:
   return kernels.reshape(rows, columns, height * width * kernel.shape[2], -1)
 
 
-def _kernel_gradient_pointwise(x: jax.Array, ct: jax.Array, window: Window) -> jax.Array:
-  x = _positions(x, window).reshape(-1, x.shape[3]).T
-  if isinstance(x.shape[1], int) and x.shape[1] < x.shape[0]:
-    # A copy is read faster, and made once for a loop over many cotangents.
-    x = lax.optimization_barrier(x)
-  if ct.ndim == 4:
-    return _dot(x, ct.reshape(-1, ct.shape[3]))[None, None]
-  side_by_side = jnp.moveaxis(ct, 0, 3).reshape(x.shape[1], -1)
-  total = _dot(x, side_by_side).reshape(1, 1, -1, ct.shape[0], ct.shape[4])
-  return jnp.moveaxis(total, 3, 0)
-
-
-def _kernel_gradient_by_slices(x: jax.Array, ct: jax.Array, *place: jax.Array,
-                               window: Window) -> jax.Array:
-  dtype = _sum_dtype(x)
-  pads = [(low, size + reach - 1 - image - low) for image, size, reach, (low, _) in
-          zip(window.image, window.kernel, window.reach, window.padding)]
-
-  def of(x: jax.Array, ct: jax.Array, *place: jax.Array) -> jax.Array:
-    # The cotangent is a kernel that moves over the image; examples are the channels.
-    x, place = x.transpose(3, 1, 2, 0).astype(dtype), [x.transpose(1, 2, 0, 3) for x in place]
-
-    def one(ct: jax.Array) -> jax.Array:
-      ct = ct.transpose(1, 2, 0, 3).astype(dtype)
-      if place:
-        ct = _unpooled(ct, *place, window, rows=0)
-      return _canonical(x, ct, (1, 1), pads, rhs_dilation=window.strides)
-    return _for_each_task(one, ct)
-
-  size = 8 if math.prod(window.out) >= _LARGE else _slice(window)
-  return jnp.moveaxis(sum_slices(of, size, x, ct, *place), -4, -2)
-
-
 def _kernel_gradient_in_blocks(x: jax.Array, ct: jax.Array, place: jax.Array,
                                window: Window) -> jax.Array:
   dtype = _sum_dtype(x)
@@ -253,25 +229,13 @@ def _kernel_gradient_in_blocks(x: jax.Array, ct: jax.Array, place: jax.Array,
     blocks = _blocks(x, window)
     under = jnp.concatenate([blocks[:, i:i + window.pooled[0], j:j + window.pooled[1]]
                              for i in range(rows) for j in range(columns)], 3)
-    under = under.reshape(-1, under.shape[3]).T
+    ct = to_places(ct, place, (1, math.prod(window.pool)))
+    return lax.dot(under.reshape(-1, under.shape[3]).T,
+                   ct.reshape(-1, ct.shape[4] * ct.shape[5]), preferred_element_type=dtype)
 
-    def one(ct: jax.Array) -> jax.Array:
-      ct = to_places(ct, place, (1, math.prod(window.pool)))
-      return lax.dot(under, ct.reshape(-1, ct.shape[4] * ct.shape[5]),
-                     preferred_element_type=dtype)
-    return _for_each_task(one, ct)
-
-  def of_kernels(total: jax.Array) -> jax.Array:
-    kernel = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], ct.shape[-1]), dtype)
-    kernels = jax.eval_shape(lambda kernel: _kernels(kernel, window), kernel)
-    return jax.linear_transpose(lambda kernel: _kernels(kernel, window), kernel)(
-        total.reshape(kernels.shape))[0]
   total = sum_slices(of, _slice(window), x, ct, place)
-  return of_kernels(total) if ct.ndim == 4 else jax.vmap(of_kernels)(total)
-
-
-def _for_each_task(one: Callable[[jax.Array], jax.Array], ct: jax.Array) -> jax.Array:
-  """What a function gives for cotangents [b, h, w, D], or stacked for those of T tasks."""
-  if ct.ndim == 4:
-    return one(ct)
-  return jnp.stack([one(of_task) for of_task in ct])
+  kernel = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], ct.shape[3]), dtype)
+  kernels = jax.eval_shape(lambda kernel: _kernels(kernel, window), kernel)
+  total, = jax.linear_transpose(lambda kernel: _kernels(kernel, window), kernel)(
+      total.reshape(kernels.shape))
+  return total.astype(x.dtype)

@@ -33,8 +33,7 @@ def conv_relu_max_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array,
 
 
 def _primitive(name: str, of: Callable[..., Any], shape: Callable[[Any, Any, Window], Any],
-               by_example: bool = False, by_task: int | None = None,
-               several: bool = False) -> Primitive:
+               by_example: bool = False, several: bool = False) -> Primitive:
   """A primitive that computes `of(a, b, …, window=window)`.
 
   Args:
@@ -42,7 +41,6 @@ def _primitive(name: str, of: Callable[..., Any], shape: Callable[[Any, Any, Win
     of: the function.
     shape: of the result, or what it is if there are several, from the first two operands.
     by_example: whether the result has an entry for each of `a`, and of no other operand.
-    by_task: the operand that may be cotangents of a few tasks, [T, B, ...].
     several: whether there are several results.
   """
   primitive = Primitive(name)
@@ -64,8 +62,6 @@ def _primitive(name: str, of: Callable[..., Any], shape: Callable[[Any, Any, Win
         operands[i] = x
       return primitive.bind(*operands, window=window)
     a, b = args[:2]
-    if moved == [by_task] and args[by_task].ndim == 5 and args[by_task].shape[0] <= cpu.TASKS:
-      return primitive.bind(*args, window=window), 0
     if (by_example and len(args) == 2 and moved == [0] and isinstance(a.shape[1], int)
         and a.shape[1] < cpu.EXAMPLES):
       found = primitive.bind(a.reshape(-1, *a.shape[2:]), b, window=window)
@@ -91,29 +87,23 @@ _onto_p = _primitive("conv_onto", cpu.forward_onto,
                      lambda x, kernel, window: (x[0], *window.pooled, kernel[3]))
 _input_gradient_p = _primitive(
     "conv_input_gradient", cpu.input_gradient,
-    lambda ct, kernel, window: (*ct[:-3], *window.image, kernel[2]), by_example=True, by_task=0)
+    lambda ct, kernel, window: (ct[0], *window.image, kernel[2]), by_example=True)
 _kernel_gradient_p = _primitive(
     "conv_kernel_gradient", cpu.kernel_gradient,
-    lambda x, ct, window: (*ct[:-4], *window.kernel, x[3], ct[-1]), by_task=1)
+    lambda x, ct, window: (*window.kernel, x[3], ct[3]))
 _shift_p = _primitive("conv_shift", cpu.shift, lambda bias, place, window: place)
 _bias_gradient_p = _primitive("conv_bias_gradient", cpu.bias_gradient,
-                              lambda ct, place, window: (*ct[:-4], ct[-1]), by_task=0)
+                              lambda ct, place, window: ct[3:])
 _block_p = _primitive("conv_relu_max_pool", cpu.block, _maxima_and_places, several=True)
 
 
-def _ndim(x: Any) -> int:
-  return x.aval.ndim if ad.is_undefined_primal(x) else x.ndim
-
-
-def _linear(primitive: Primitive, *transposes: Callable[..., jax.Array],
-            by_task: int | None = None) -> None:
+def _linear(primitive: Primitive, *transposes: Callable[..., jax.Array]) -> None:
   """Says that a primitive is linear in each of its first operands.
 
   Args:
     primitive: the primitive.
     *transposes: for each of these operands, from a cotangent of the result and the other operands
       to the operand's cotangent.
-    by_task: the operand that may be cotangents of a few tasks, [T, B, ...].
   """
   def jvp(primals: Sequence[jax.Array], tangents: Sequence[Any],
           **how: Any) -> tuple[jax.Array, jax.Array]:
@@ -124,17 +114,8 @@ def _linear(primitive: Primitive, *transposes: Callable[..., jax.Array],
 
   def transpose(ct: Any, *operands: Any, **how: Any) -> list[Any]:
     of, = (i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
-
-    def task_by_task(x: jax.Array) -> jax.Array:
-      several = x if of == by_task else operands[by_task]
-      fixed = [x if i == of else operand for i, operand in enumerate(operands)]
-      return lax.map(lambda one: primitive.bind(
-          *fixed[:by_task], one, *fixed[by_task + 1:], **how), several)
-
     if type(ct) is ad.Zero:
       found = ad.Zero(operands[of].aval)
-    elif by_task is not None and _ndim(operands[by_task]) == 5:
-      found, = jax.linear_transpose(task_by_task, operands[of].aval)(ct)
     else:
       found = transposes[of](ct, *operands[:of], *operands[of + 1:], **how)
     return [found if i == of else None for i in range(len(operands))]
@@ -148,13 +129,12 @@ _linear(_forward_p,
         lambda ct, x, *place, **how: _kernel_gradient_p.bind(x, ct, *place, **how))
 _linear(_input_gradient_p,
         lambda x, kernel, *place, **how: _forward_p.bind(x, kernel, *place, **how),
-        lambda x, ct, *place, **how: _kernel_gradient_p.bind(x, ct, *place, **how), by_task=0)
+        lambda x, ct, *place, **how: _kernel_gradient_p.bind(x, ct, *place, **how))
 _linear(_kernel_gradient_p,
         lambda kernel, ct, *place, **how: _input_gradient_p.bind(ct, kernel, *place, **how),
-        lambda kernel, x, *place, **how: _forward_p.bind(x, kernel, *place, **how), by_task=1)
+        lambda kernel, x, *place, **how: _forward_p.bind(x, kernel, *place, **how))
 _linear(_shift_p, lambda ct, place, **how: _bias_gradient_p.bind(ct, place, **how))
-_linear(_bias_gradient_p, lambda bias, place, **how: _shift_p.bind(bias, place, **how),
-        by_task=0)
+_linear(_bias_gradient_p, lambda bias, place, **how: _shift_p.bind(bias, place, **how))
 
 
 def _onto_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any],

@@ -1,4 +1,4 @@
-"""Functions of a batch of maps that are computed slice by slice, in the cache."""
+"""Functions of a batch that are computed slice by slice, in the cache."""
 
 from collections.abc import Callable
 import math
@@ -11,53 +11,58 @@ import jax.numpy as jnp
 # A slice takes every so many-th example, so that of a batch split over devices each device has its
 # part of every slice.
 
-_BATCH = -4  # the axis of examples
 
-
-def map_slices(of: Callable[..., Any], size: int, *arrays: jax.Array) -> Any:
-  """What `of(*arrays)` gives, maps by example, from slices of about `size` examples.
+def map_slices(of: Callable[..., Any], size: int, *arrays: jax.Array, at_once: int = 1) -> Any:
+  """What `of(*arrays)` gives, entries by example, from slices of about `size` examples.
 
   Args:
-    of: from arrays [..., b, H, W, C] to a tree of such arrays.
+    of: from arrays [b, ...] to a tree of arrays [b, ...].
     size: a multiple of 8.
-    *arrays: [..., B, H, W, C]; with B unknown they are not sliced.
+    *arrays: [B, ...]; with B unknown they are not sliced.
+    at_once: slices that may be in memory together, for cores that the work on one leaves idle.
   """
-  batch = arrays[0].shape[_BATCH]
+  batch = arrays[0].shape[0]
   if not isinstance(batch, int) or batch <= size:
     return of(*arrays)
   one, sliced = _slices(of, size, *arrays)
   # All entries are written. Constants to begin with would be in memory from the start of the
   # program on; what depends on the loop's inputs is not.
-  counts = sliced.shape[_BATCH - 1:-3]
-  first = sliced.reshape(-1, *counts, math.prod(sliced.shape[-3:]))[0, :, 0, 0]
+  first = sliced[:, 0].reshape(sliced.shape[0], -1)[:, 0]
 
   def begin(s: jax.ShapeDtypeStruct) -> jax.Array:
-    value = first.astype(s.dtype).reshape(-1, 1, 1, 1, 1)
-    value = value.reshape(*(1 for _ in s.shape[:_BATCH]), *value.shape)
-    return jnp.broadcast_to(value, (*s.shape[:_BATCH], *counts, *s.shape[-3:]))
-  found = _written(lambda i, _: one(i), jax.tree.map(begin, jax.eval_shape(one, 0)))
-  return jax.tree.map(lambda x: _whole(x, batch), found)
+    value = first.astype(s.dtype).reshape(-1, *(1 for _ in s.shape))
+    return jnp.broadcast_to(value, (*sliced.shape[:2], *s.shape[1:]))
+  found = _written(lambda i, _: one(i), jax.tree.map(begin, jax.eval_shape(one, 0)), at_once)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:batch], found)
 
 
 def add_slices(of: Callable[..., jax.Array], size: int, total: jax.Array,
                *arrays: jax.Array) -> jax.Array:
-  """`total + of(*arrays)`, in the memory of the total where nothing else needs it."""
-  batch = total.shape[_BATCH]
+  """`total + of(*arrays)`, in the memory of `total` [B, ...] where nothing else needs it."""
+  batch = total.shape[0]
   if not isinstance(batch, int) or batch <= size:
     return total + of(*arrays)
   one, _ = _slices(of, size, *arrays)
-  found = _written(lambda i, total: _at(total, i) + one(i), _sliced(total, size))
-  return _whole(found, batch)
+  return _written(lambda i, total: _at(total, i) + one(i), _sliced(total, size)).reshape(
+      -1, *total.shape[1:])[:batch]
+
+
+def _written(of: Callable[[jax.Array, Any], Any], begin: Any, at_once: int = 1) -> Any:
+  """Writes `of(i, so far)` to the i-th slices of arrays [size, count, ...]."""
+  def write(i: jax.Array, found: Any) -> Any:
+    return jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 1),
+                        found, of(i, found))
+  return lax.fori_loop(0, jax.tree.leaves(begin)[0].shape[1], write, begin, unroll=at_once)
 
 
 def sum_slices(of: Callable[..., jax.Array], size: int, *arrays: jax.Array) -> jax.Array:
   """The sum of `of(*arrays)`, a sum over examples of which zeros have none, over such slices."""
-  batch = arrays[0].shape[_BATCH]
+  batch = arrays[0].shape[0]
   if not isinstance(batch, int) or batch <= size:
     return of(*arrays)
   one, sliced = _slices(of, size, *arrays)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
-  return lax.fori_loop(0, sliced.shape[_BATCH], lambda i, total: total + one(i), zeros)
+  return lax.fori_loop(0, sliced.shape[1], lambda i, total: total + one(i), zeros, unroll=2)
 
 
 def _slices(of: Callable[..., Any], size: int,
@@ -68,28 +73,12 @@ def _slices(of: Callable[..., Any], size: int,
 
 
 def _sliced(x: jax.Array, size: int) -> jax.Array:
-  """[..., B, H, W, C], filled up with zeros, -> [..., size or less, count, H, W, C]."""
-  *rest, batch, height, width, channels = x.shape
-  count = math.ceil(batch / size)
-  size = 8 * math.ceil(batch / (8 * count))
-  x = jnp.pad(x, [*((0, 0) for _ in rest), (0, size * count - batch), (0, 0), (0, 0), (0, 0)])
-  return x.reshape(*rest, size, count, height, width, channels)
-
-
-def _whole(x: jax.Array, batch: int) -> jax.Array:
-  """[..., size, count, H, W, C] -> [..., B, H, W, C], without what it was filled up with."""
-  x = x.reshape(*x.shape[:_BATCH - 1], -1, *x.shape[-3:])
-  return lax.slice_in_dim(x, 0, batch, axis=x.ndim + _BATCH)
+  """[B, ...], filled up with zeros, -> [size or less, count, ...]."""
+  count = math.ceil(x.shape[0] / size)
+  size = 8 * math.ceil(x.shape[0] / (8 * count))
+  x = jnp.pad(x, [(0, size * count - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+  return x.reshape(size, count, *x.shape[1:])
 
 
 def _at(x: jax.Array, i: jax.Array) -> jax.Array:
-  return lax.dynamic_index_in_dim(x, i, x.ndim + _BATCH, keepdims=False)
-
-
-def _written(of: Callable[[jax.Array, Any], Any], begin: Any) -> Any:
-  """Writes `of(i, so far)` to the i-th slices of arrays [..., size, count, H, W, C]."""
-  def write(i: jax.Array, found: Any) -> Any:
-    return jax.tree.map(
-        lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, all_.ndim + _BATCH),
-        found, of(i, found))
-  return lax.fori_loop(0, jax.tree.leaves(begin)[0].shape[_BATCH], write, begin)
+  return lax.dynamic_index_in_dim(x, i, 1, keepdims=False)

@@ -24,11 +24,10 @@ def rows_of(backward: Backward, part: int) -> Any:
   taking_part = [task for task, grad in grads.items() if grad is not None]
   one = lambda grad: pull({taking_part[0]: grad})
   # Where all tasks read the same features, the way back from one is that from each. In a loop it
-  # is compiled once, and the maps of a few tasks only are in memory.
+  # is compiled once, and the maps of one task only are in memory.
   if (backward.one_stream and backward.one_representation
       and len(grads) == len(taking_part) > 1 and _fast_in_loops(one, grads[taking_part[0]])):
-    return jax.lax.map(one, jax.tree.map(lambda *tasks: jnp.stack(tasks), *grads.values()),
-                       batch_size=_together(len(grads)))
+    return jax.lax.map(one, jax.tree.map(lambda *tasks: jnp.stack(tasks), *grads.values()))
   rows = None
   for i, task in enumerate(grads):
     if task not in taking_part:
@@ -39,13 +38,6 @@ def rows_of(backward: Backward, part: int) -> Any:
     # Written in place one by one: stacked, they would all be in memory twice.
     rows = jax.tree.map(lambda rows, x: rows.at[i].set(x), rows, row)  # noqa: B023
   return rows
-
-
-def _together(tasks: int) -> int:
-  """How many tasks go back together: on CPUs a few, which read what they share but once."""
-  if jax.default_backend() != "cpu":
-    return 1
-  return max(size for size in (1, 2, 3) if tasks % size == 0)
 
 
 def _fast_in_loops(function: Callable[[Any], Any], argument: Any) -> bool:
