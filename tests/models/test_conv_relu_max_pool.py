@@ -24,11 +24,13 @@ CASES = {
     "more channels in slices": ((19, 24, 22, 4), (3, 3, 4, 2), "SAME", (2, 2)),
     "more channels, with a rest": ((2, 7, 8, 4), (3, 3, 4, 2), "VALID", (2, 4)),
     "small maps": ((70, 4, 4, 4), (3, 3, 4, 2), "SAME", (2, 2)),
+    "many slices": ((70, 8, 8, 4), (3, 3, 4, 2), "SAME", (2, 2)),
+    "large maps": ((19, 32, 32, 4), (3, 3, 4, 2), "SAME", (2, 2)),
     "1x1": ((3, 4, 4, 6), (1, 1, 6, 3), "SAME", (2, 2)),
     "pools of one": ((2, 4, 4, 4), (3, 3, 4, 2), "SAME", (1, 1)),
 }
 SOME = ("in blocks, with a rest", "more channels, with a rest")
-QUICK = (*SOME, "in blocks and slices", "small maps")
+QUICK = (*SOME, "in blocks and slices", "small maps", "many slices", "large maps")
 
 
 def longer(cases, quick=QUICK):

@@ -26,7 +26,7 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 EXAMPLES = 16  # of a slice of the batch, at least
 _POSITIONS = 512  # of a slice's maps, at least; small maps are sliced more coarsely
 _LARGE = 1024  # positions of a map; more than eight of such maps as one kernel leave the cache
-_AT_ONCE = 4  # slices; a convolution in a loop keeps one core busy
+_AT_ONCE = 4  # slices, or half as many for sums: a convolution in a loop keeps one core busy
 _PACKET = 4  # channels that are read at once; fewer are read one by one
 
 
@@ -106,7 +106,7 @@ def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Wind
     return _canonical(x, ct, (1, 1), pads, rhs_dilation=window.strides)
 
   size = 8 if math.prod(window.out) >= _LARGE else _slice(window)
-  total = sum_slices(of, size, x, ct, *place)
+  total = sum_slices(of, size, x, ct, *place, at_once=_AT_ONCE // 2)
   return total.transpose(1, 2, 0, 3).astype(x.dtype)
 
 

@@ -55,14 +55,16 @@ def _written(of: Callable[[jax.Array, Any], Any], begin: Any, at_once: int = 1) 
   return lax.fori_loop(0, jax.tree.leaves(begin)[0].shape[1], write, begin, unroll=at_once)
 
 
-def sum_slices(of: Callable[..., jax.Array], size: int, *arrays: jax.Array) -> jax.Array:
+def sum_slices(of: Callable[..., jax.Array], size: int, *arrays: jax.Array,
+               at_once: int = 1) -> jax.Array:
   """The sum of `of(*arrays)`, a sum over examples of which zeros have none, over such slices."""
   batch = arrays[0].shape[0]
   if not isinstance(batch, int) or batch <= size:
     return of(*arrays)
   one, sliced = _slices(of, size, *arrays)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
-  return lax.fori_loop(0, sliced.shape[1], lambda i, total: total + one(i), zeros, unroll=2)
+  return lax.fori_loop(0, sliced.shape[1], lambda i, total: total + one(i), zeros,
+                       unroll=at_once)
 
 
 def _slices(of: Callable[..., Any], size: int,
