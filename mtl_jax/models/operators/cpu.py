@@ -25,8 +25,8 @@ from mtl_jax.models.operators.window import Window
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 EXAMPLES = 16  # of a slice of the batch, at least
 _POSITIONS = 512  # of a slice's maps, at least; small maps are sliced more coarsely
-_LARGE = 1024  # positions of a map; more than eight of such maps as one kernel leave the cache
-_AT_ONCE = 4  # slices, or half as many for sums: a convolution in a loop keeps one core busy
+_SMALL = 256  # positions of a map; more than eight of larger maps, as one kernel, leave the cache
+_AT_ONCE = 2**15  # positions of maps, at most, in slices side by side
 _PACKET = 4  # channels that are read at once; fewer are read one by one
 
 
@@ -38,7 +38,7 @@ def block(x: jax.Array, kernel: jax.Array, bias: jax.Array,
     maxima, place = first_maxima(_values(x, kernel, window))
     maxima += bias[None, None, None]
     return jnp.maximum(maxima, 0), jnp.where(maxima > 0, place, jnp.uint8(NOWHERE))
-  return map_slices(of, _slice(window), x, at_once=_AT_ONCE)
+  return map_slices(of, _slice(window), x, at_once=_slices_at_once(window))
 
 
 def shift(bias: jax.Array, place: jax.Array, *, window: Window) -> jax.Array:
@@ -81,7 +81,7 @@ def input_gradient(ct: jax.Array, kernel: jax.Array, *place: jax.Array,
   if not place:
     return _map_gradient(ct, kernel, window)
   return map_slices(lambda ct, place: _map_gradient(_unpooled(ct, place, window), kernel, window),
-                    _slice(window), ct, *place, at_once=_AT_ONCE)
+                    _slice(window), ct, *place, at_once=_slices_at_once(window))
 
 
 def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Window) -> jax.Array:
@@ -105,14 +105,20 @@ def kernel_gradient(x: jax.Array, ct: jax.Array, *place: jax.Array, window: Wind
       ct = _unpooled(ct, place[0].transpose(1, 2, 0, 3), window, rows=0)
     return _canonical(x, ct, (1, 1), pads, rhs_dilation=window.strides)
 
-  size = 8 if math.prod(window.out) >= _LARGE else _slice(window)
-  total = sum_slices(of, size, x, ct, *place, at_once=_AT_ONCE // 2)
+  size = 8 if math.prod(window.out) > _SMALL else _slice(window)
+  total = sum_slices(of, size, x, ct, *place, at_once=2)
   return total.transpose(1, 2, 0, 3).astype(x.dtype)
 
 
 def _slice(window: Window) -> int:
   """Examples of a slice, a multiple of 8."""
   return 8 * math.ceil(max(EXAMPLES, _POSITIONS / math.prod(window.out)) / 8)
+
+
+def _slices_at_once(window: Window) -> int:
+  """Slices of maps side by side, for the cores: a convolution in a loop keeps one of them busy."""
+  positions = _slice(window) * math.prod(window.out)
+  return next((count for count in (4, 2) if count * positions <= _AT_ONCE), 1)
 
 
 def _map(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
