@@ -116,7 +116,7 @@ def _slice(window: Window) -> int:
 
 
 def _slices_at_once(window: Window) -> int:
-  """Slices of maps side by side, for the cores: a convolution in a loop keeps one of them busy."""
+  """Slices of maps side by side, so that a core that waits for one of them goes on with another."""
   positions = _slice(window) * math.prod(window.out)
   return next((count for count in (4, 2) if count * positions <= _AT_ONCE), 1)
 
