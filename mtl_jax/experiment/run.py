@@ -126,17 +126,17 @@ class Run:
     """
     for i in range(count):
       self.step += 1
-      step_logs = jax.tree.map(lambda x: x[i], logs)  # noqa: B023
-      self._check_finite(step_logs)
+      self._check_finite(*(logs[key][i] for key in ("finite", "gradient_norm", "update_norm")))
       if self.step % self.experiment.config.train.log_every_steps == 0:
+        step_logs = jax.tree.map(lambda x: x[i], logs)  # noqa: B023
         self._write({**self._header(self.step, "train"),
                      **train_values(self.experiment, step_logs),
                      "examples_per_second": round(rate, 1)})
-    return np.where(step_logs["active"], step_logs["losses"], np.nan)
+    return np.where(logs["active"][-1], logs["losses"][-1], np.nan)
 
-  def _check_finite(self, logs: dict[str, Any]) -> None:
-    bad = [task.name for task, finite in zip(self.experiment.tasks, logs["finite"]) if not finite]
-    if not bad and np.isfinite(logs["gradient_norm"]) and np.isfinite(logs["update_norm"]):
+  def _check_finite(self, finite: Any, gradient_norm: Any, update_norm: Any) -> None:
+    bad = [task.name for task, is_finite in zip(self.experiment.tasks, finite) if not is_finite]
+    if not bad and np.isfinite(gradient_norm) and np.isfinite(update_norm):
       return
     where = f"of task {' and '.join(bad)}" if bad else "of the model"
     kept = (f"the last good checkpoint is that of step {self._saved_step} in "
