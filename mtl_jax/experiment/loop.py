@@ -169,7 +169,8 @@ def _to_the_end(runs: Sequence[Run], steps: Steps, stop: Sequence[int],
                 console: Console) -> None:
   """Trains, evaluates and saves until the last step is done, or `stop` holds a signal.
 
-  What a call has logged is read while the next one runs: devices do not wait for the host.
+  What a call has logged is read while the next one runs, where that runs on another thread or on an
+  accelerator: devices do not wait for the host.
   """
   experiment = runs[0].experiment
   step, total, every = runs[0].step, experiment.num_steps, experiment.evaluate_every
