@@ -1,4 +1,4 @@
-"""The exceptions for a user's mistake."""
+"""The exceptions for a user's mistake, and what to say of those of others."""
 
 
 class UserError(Exception):
@@ -11,3 +11,12 @@ class UserError(Exception):
 
 class MissingData(UserError):
   """A data set that is neither in its place nor to be had from where it is published."""
+
+
+def reason(error: Exception, length: int = 120) -> str:
+  """The first line of what an error says, or its type where it says nothing.
+
+  >>> reason(ValueError("no zip file\\nat all")), reason(KeyError())
+  ('no zip file', 'KeyError')
+  """
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]

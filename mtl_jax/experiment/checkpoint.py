@@ -10,10 +10,12 @@ import zlib
 import jax
 import numpy as np
 
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, reason
 
 if TYPE_CHECKING:
   import orbax.checkpoint as ocp
+
+_NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)  # of sound files, too: memory ran out
 
 
 def _checksum(text: str) -> int:
@@ -117,8 +119,8 @@ class Checkpoints:
 
   def _failed(self, error: Exception) -> UserError:
     step, self._saving = self._saving, None
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError(f"{self.path}: the checkpoint of step {step} could not be saved: {reason}\n"
+    return UserError(f"{self.path}: the checkpoint of step {step} could not be saved: "
+                     f"{reason(error, 200)}\n"
                      "is the disk full or the folder gone? earlier checkpoints are kept; "
                      "make room and launch again to continue")
 
@@ -192,9 +194,10 @@ class Checkpoints:
     try:
       restored = manager.restore(step, args=args)
       text, checksum = restored["record"]["text"], restored["record"]["checksum"]
+    except _NOT_DAMAGE:
+      raise
     except Exception as error:  # damage shows in many types
-      reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-      raise Damaged(f"cannot be read: {reason}") from error
+      raise Damaged(f"cannot be read: {reason(error)}") from error
     if _checksum(text) != checksum:
       raise Damaged("the record's checksum does not match")
     contents = json.loads(text)
@@ -285,8 +288,10 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       record = reader.restore(path / "record")
     sound = _checksum(record["text"]) == record["checksum"]
+  except _NOT_DAMAGE:
+    raise
   except Exception as error:  # damage shows in many types
-    raise Damaged(f"the record cannot be read: {error}") from error
+    raise Damaged(f"the record cannot be read: {reason(error)}") from error
   if not sound:
     raise Damaged("the record's checksum does not match")
   return json.loads(record["text"])
@@ -302,9 +307,10 @@ def _read_arrays(path: pathlib.Path) -> dict[str, Any]:
       args = ocp.args.PyTreeRestore(wanted, partial_restore=True, restore_args=jax.tree.map(
           lambda x: ocp.RestoreArgs(restore_type=np.ndarray), wanted))
       found = reader.restore(path / "state", args=args)
+  except _NOT_DAMAGE:
+    raise
   except Exception as error:  # damage shows in many types
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    raise Damaged(f"cannot be read: {reason}") from error
+    raise Damaged(f"cannot be read: {reason(error)}") from error
   checksums = _read_record(path)["checksums"]
   for place, x in jax.tree_util.tree_leaves_with_path(found):
     name = f".{place[0].key}{jax.tree_util.keystr(place[1:])}"

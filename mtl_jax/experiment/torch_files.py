@@ -15,7 +15,7 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, reason
 
 _STORAGES = {"BFloat16Storage": jnp.bfloat16, "BoolStorage": np.bool_, "ByteStorage": np.uint8,
              "CharStorage": np.int8, "DoubleStorage": np.float64, "FloatStorage": np.float32,
@@ -41,8 +41,7 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
   except (_Refused, OSError) as error:
     raise UserError(f"{path}: {error}") from error
   except Exception as error:  # damage, and malice, show in many types
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    raise UserError(f"{path}: expected tensors as torch.save writes them, found: {reason}"
+    raise UserError(f"{path}: expected tensors as torch.save writes them, found: {reason(error)}"
                     ) from error
   if not found or not all(isinstance(name, str) and isinstance(x, np.ndarray)
                           for name, x in found.items()):

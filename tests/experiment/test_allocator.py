@@ -58,7 +58,9 @@ def test_freed_memory_is_taken_again_without_faults():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
 def test_a_large_program_takes_its_memory_again_without_faults():
-  keep = "from mtl_jax.experiment import allocator; assert allocator.keep_freed(os.environ)"
+  keep = ("from mtl_jax.experiment import allocator, config, fields\n"  # as launch.py does
+          "fields.complete(config.load('configs/cifar_mtl.py', []))\n"
+          "assert allocator.keep_freed(os.environ)")
   one = {"XLA_FLAGS": ""}  # device: what runs on several is handed to other threads
   assert faults(keep, STEPPED, **one) < 200_000 < 400_000 < faults("", STEPPED, **one)
 

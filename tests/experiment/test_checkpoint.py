@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import loop
-from mtl_jax.experiment.checkpoint import Checkpoints
+from mtl_jax.experiment.checkpoint import Checkpoints, read_variables
 from tests.experiment.conftest import final_checksums, make, records
 
 
@@ -93,6 +94,27 @@ def test_all_damaged_is_an_error_that_leaves_them(run):
   with pytest.raises(UserError, match="expected at least one sound checkpoint, found 12: .*; 10: "):
     loop.train(make(), folder)
   assert all(p.is_dir() for p in steps)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")],
+    ids=["host", "device"])
+def test_where_memory_runs_out_nothing_is_called_damaged(tmp_path, monkeypatch, error):
+  import orbax.checkpoint as ocp
+  saved = Checkpoints(tmp_path / "a")
+  saved.save(1, {"params": {"x": jnp.zeros(2)}, "model_state": {}}, {}, None)
+  saved.close()
+  def fail(*_, **__):
+    raise error
+  monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+  monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
+  monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", fail)
+  for read in (lambda: Checkpoints(tmp_path / "a").restore_latest({}, print),
+               lambda: read_variables(tmp_path / "a", None),
+               lambda: read_variables(tmp_path / "a", 1)):
+    with pytest.raises(type(error)):
+      read()
+  assert [p.name for p in (tmp_path / "a").iterdir()] == ["1"]
 
 
 def test_latest_and_best_are_kept(run, monkeypatch):
