@@ -16,7 +16,8 @@ def keep_freed(environment: Mapping[str, str]) -> bool:
   XLA takes the memory of a whole step anew at every step. What is larger than 32 MiB glibc would
   give back to the system each time, and to fault its pages in again costs up to a fifth of a step.
   What is larger than 64 MiB it keeps for the main thread alone: so that this is where programs run,
-  JAX no longer hands them to another, and a call of one on a single CPU returns when it is done.
+  JAX no longer hands them to another, and a call of one on a single CPU returns when it is done, if
+  what it reads is there already; what waits for copies to the device is handed on all the same.
   For this the process must not have used a device yet.
 
   Args:
